@@ -1,0 +1,79 @@
+# `make demo` and `make test` are all a newcomer needs: each first installs what it lacks (see deps).
+#
+#   make demo     the whole job on this machine, as root     ARGS='--runs 5 --link 30ms,1gbit'
+#   make test     go test ./...; as root also the tests that need devices and mounts
+#   make root     those tests alone, uncached, and none may skip for want of root
+#   make race     go test -race ./...
+#   make fuzz     each fuzz target for FUZZTIME (10s)
+#   make bench    all benchmarks, with fio as a second opinion
+#   make lint     golangci-lint, built from the version in .ci/tools/go.mod
+#   make deps     Debian packages for test, demo and bench   WHAT='test demo bench race'
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS   += --no-print-directory
+
+# Login shells of ordinary users leave out sbin, and sudo leaves out Go.
+export PATH := $(PATH):/usr/local/go/bin:/usr/sbin:/sbin
+# Programs and tests are built without cgo; only the race detector needs it.
+export CGO_ENABLED := 0
+
+GO        ?= go
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+BUILD     := -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)'
+PREFIX    ?= /usr/local
+FUZZTIME  ?= 10s
+BENCH     ?= .
+BENCHTIME ?= 1s
+WHAT      ?= test demo bench
+
+.PHONY: build test race root fuzz bench generate lint demo deps install clean
+.DEFAULT_GOAL := build
+
+build:
+	$(GO) build $(BUILD) -o bin/reprise ./cmd/reprise
+
+test:
+	@.ci/deps test
+	$(GO) test $(TESTFLAGS) ./...
+
+race:
+	@.ci/deps race
+	CGO_ENABLED=1 $(GO) test -race $(TESTFLAGS) ./...
+
+root:
+	@.ci/deps test
+	@GO='$(GO)' .ci/root
+
+fuzz:
+	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' .ci/fuzz
+
+bench:
+	@.ci/deps bench
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 60m ./...
+
+# Fails if the generators change anything: generated files are committed.
+generate:
+	@before=$$(.ci/state); $(GO) generate ./...; after=$$(.ci/state); \
+	if [ "$$before" != "$$after" ]; then \
+		echo 'go generate changed these files; commit them:' >&2; git status --short >&2; exit 1; \
+	fi
+
+lint:
+	$(GO) -C .ci/tools build -buildvcs=false -o ../../bin/tools/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+	bin/tools/golangci-lint run ./...
+
+demo:
+	@.ci/deps demo
+	@$(MAKE) build
+	@[ "$$(id -u)" = 0 ] || { echo 'the demo mounts images, so it needs root:  sudo bin/reprise demo $(ARGS)' >&2; exit 1; }
+	bin/reprise demo $(ARGS)
+
+deps:
+	@.ci/deps $(WHAT)
+
+install: build
+	install -D -m 0755 bin/reprise $(DESTDIR)$(PREFIX)/bin/reprise
+
+clean:
+	rm -rf bin
