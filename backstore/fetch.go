@@ -1,0 +1,31 @@
+package backstore
+
+import (
+	"context"
+	"io"
+)
+
+// A Lane says for whom bytes are fetched.
+type Lane uint8
+
+const (
+	// Demand is a fetch that a reader waits for.
+	Demand Lane = iota
+	// Background is a fetch that nobody waits for yet: replay, completion.
+	Background
+)
+
+// A Fetcher is one blob at its origin, usually a registry.
+type Fetcher interface {
+	// Fetch opens the bytes [off, off+n) of the blob, 0 <= off, 0 < n, off+n
+	// at most the blob's size. The stream gives exactly n bytes and then
+	// io.EOF, or an error, which is io.ErrUnexpectedEOF where the origin ends
+	// too early. Cancelling ctx ends the stream, also while it is being read.
+	//
+	// Background streams use connections with small receive buffers, so that
+	// a reader that pauses soon stops the sender.
+	Fetch(ctx context.Context, off, n int64, lane Lane) (io.ReadCloser, error)
+
+	// Host is the key under which limits and the link estimate are kept.
+	Host() string
+}

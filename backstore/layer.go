@@ -1,0 +1,176 @@
+package backstore
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/reprise-project/reprise/backstore/lsmt"
+	"github.com/reprise-project/reprise/zfile"
+)
+
+// What the first request for a remote layer asks for: enough of its tail for
+// the ZFile index (4 bytes for each block, some 1/400 of a blob), the LSMT
+// index before it and the end of the tar. A blob of up to wholeBlob comes
+// whole: that costs less than another round trip.
+const (
+	tailBase  = 64 << 10
+	tailShare = 320
+	wholeBlob = 256 << 10
+)
+
+// A LayerSource is where a layer of an [Image] is read from: the file at Path,
+// or Blob, which the image closes.
+type LayerSource struct {
+	Digest digest.Digest // of the blob; may be empty for a file
+	Path   string
+	Blob   *Blob
+}
+
+// LayerInfo describes an open layer.
+type LayerInfo struct {
+	Digest  digest.Digest // of the blob; empty where it is not known
+	Size    int64         // of the blob, in bytes
+	Decoded int64         // size of layer space: the LSMT file, in bytes
+	Name    string        // digest or path, for messages
+	Codec   string        // "lz4 4 KiB", "none"
+}
+
+// layer is one open layer of an image.
+type layer struct {
+	info   LayerInfo
+	blob   *Blob    // nil for a file
+	file   *os.File // nil for a blob
+	z      *zfile.Reader
+	base   int64       // where a bare LSMT file starts in the blob
+	raw    io.ReaderAt // layer space
+	sealed *lsmt.Layer
+}
+
+// openLayers opens all sources at once, bottom first.
+func openLayers(ctx context.Context, sources []LayerSource) ([]*layer, error) {
+	layers := make([]*layer, len(sources))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(lsmt.MaxLayers)
+	for i, s := range sources {
+		g.Go(func() error {
+			l, err := openLayer(ctx, s)
+			if err != nil {
+				return fmt.Errorf("open layer %d: %w", i, err)
+			}
+			layers[i] = l
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		for i, l := range layers {
+			if l != nil {
+				l.close()
+			} else if b := sources[i].Blob; b != nil {
+				_ = b.Close()
+			}
+		}
+		return nil, err
+	}
+	return layers, nil
+}
+
+// openLayer takes the source over only when it succeeds.
+func openLayer(ctx context.Context, s LayerSource) (*layer, error) {
+	l := &layer{blob: s.Blob, info: LayerInfo{Digest: s.Digest}}
+	var at io.ReaderAt
+	if s.Blob != nil {
+		l.info.Digest, l.info.Size = s.Blob.digest, s.Blob.size
+		l.info.Name = string(s.Blob.digest)
+		at = s.Blob
+		if err := s.Blob.fetchTail(ctx); err != nil {
+			return nil, fmt.Errorf("%s: %w", l.info.Name, err)
+		}
+	} else {
+		f, err := os.Open(s.Path)
+		if err != nil {
+			return nil, err
+		}
+		fi, err := f.Stat()
+		if err != nil {
+			_ = f.Close()
+			return nil, err
+		}
+		l.file, l.info.Size, l.info.Name = f, fi.Size(), s.Path
+		at = f
+	}
+	if err := l.open(at); err != nil {
+		if l.file != nil {
+			_ = l.file.Close()
+		}
+		return nil, fmt.Errorf("%s: %w", l.info.Name, err)
+	}
+	return l, nil
+}
+
+// open finds out what the blob is: a ZFile or a bare LSMT file, each with or
+// without the tar wrapper.
+func (l *layer) open(at io.ReaderAt) error {
+	z, err := zfile.Open(at, l.info.Size)
+	if err == nil {
+		i := z.Info()
+		l.z, l.raw, l.info.Decoded = z, z, z.Size()
+		l.info.Codec = fmt.Sprintf("%s %d KiB", i.Algo, i.BlockSize>>10)
+	} else {
+		if isZ, e := zfile.IsZFile(at, l.info.Size); e != nil || isZ {
+			return err
+		}
+		off, n, _, e := zfile.Unwrap(at, l.info.Size)
+		if e != nil {
+			return e
+		}
+		l.base, l.raw, l.info.Decoded = off, io.NewSectionReader(at, off, n), n
+		l.info.Codec = "none"
+	}
+	l.sealed, err = lsmt.OpenLayer(l.raw, l.info.Decoded)
+	return err
+}
+
+// fetchTail asks for what opening a layer reads, in one request.
+func (b *Blob) fetchTail(ctx context.Context) error {
+	n := min(b.size, b.size/tailShare+tailBase)
+	if b.size <= wholeBlob {
+		n = b.size
+	}
+	if n == 0 || b.has(b.size-n, n) {
+		return ctx.Err()
+	}
+	// A running fetch is not tied to ctx: other openings may share it.
+	done := make(chan error, 1)
+	b.wg.Add(1)
+	go func() {
+		defer b.wg.Done()
+		_, err := b.ensureExact(b.size-n, n)
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// blobRange gives the blob bytes behind [off, off+n) of layer space.
+func (l *layer) blobRange(off, n int64) (int64, int64) {
+	if l.z != nil {
+		return l.z.CompressedRange(off, n)
+	}
+	return l.base + off, n
+}
+
+func (l *layer) close() error {
+	if l.file != nil {
+		return l.file.Close()
+	}
+	return l.blob.Close()
+}
