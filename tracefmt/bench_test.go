@@ -1,0 +1,94 @@
+package tracefmt
+
+import (
+	"bytes"
+	"io"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+// start looks like a first start: n reads in files of three layers.
+func start(n int) *Trace {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	t := &Trace{Header: sample().Header}
+	var off [3]int64
+	for i := range n {
+		l := rnd.IntN(2)
+		if rnd.IntN(4) == 0 {
+			off[l] = rnd.Int64N(1<<30>>(l*10)-1<<18) &^ 4095
+		}
+		size := int64(1+rnd.IntN(32)) << 12
+		off[l] = min(off[l], 1<<30>>(l*10)-size)
+		t.Events = append(t.Events, Event{
+			At: time.Duration(i) * 700 * time.Microsecond, Wait: time.Duration(rnd.IntN(30000)) * time.Microsecond,
+			Layer: l, Off: off[l], Len: size, Origin: uint8(rnd.IntN(5)),
+		})
+		off[l] += size
+	}
+	t.End = &End{Reason: "ready"}
+	return t
+}
+
+func BenchmarkWriterAdd(b *testing.B) {
+	events := start(100_000).Events
+	b.ReportAllocs()
+	i := 0
+	w, err := NewWriter(io.Discard, sample().Header)
+	require.NoError(b, err)
+	for b.Loop() {
+		if i == len(events) {
+			w, err = NewWriter(io.Discard, sample().Header)
+			require.NoError(b, err)
+			i = 0
+		}
+		if err := w.Add(events[i]); err != nil {
+			b.Fatal(err)
+		}
+		i++
+	}
+}
+
+func BenchmarkRead(b *testing.B) {
+	var file bytes.Buffer
+	tr := start(100_000)
+	require.NoError(b, writeAll(&file, tr))
+	b.SetBytes(int64(file.Len()))
+	b.ReportMetric(float64(file.Len())/float64(len(tr.Events)), "bytes/event")
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Read(bytes.NewReader(file.Bytes())); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkEncode(b *testing.B) {
+	tr := start(5000)
+	b.ReportAllocs()
+	var n int64
+	for b.Loop() {
+		var packed bytes.Buffer
+		if err := Encode(&packed, tr); err != nil {
+			b.Fatal(err)
+		}
+		n = int64(packed.Len())
+	}
+	b.ReportMetric(float64(n), "bytes")
+}
+
+// BenchmarkTouched adds a million extents that never join, in random order.
+func BenchmarkTouched(b *testing.B) {
+	const n = 1 << 20
+	order := rand.New(rand.NewPCG(3, 4)).Perm(n)
+	var dst []Event
+	for b.Loop() {
+		var touched Touched
+		for _, i := range order {
+			dst = touched.Add(dst[:0], Event{Off: int64(i) * 8192, Len: 4096})
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/extent")
+}
