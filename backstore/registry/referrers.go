@@ -1,0 +1,390 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+)
+
+const (
+	maxPages     = 32
+	maxReferrers = 10_000
+	// maxUntyped is how many referrers whose type the list leaves open are
+	// looked into.
+	maxUntyped = 32
+	// fallbackTries is how often an entry is put into a fallback tag's index
+	// that others keep overwriting.
+	fallbackTries = 10
+)
+
+var errNotIndex = errors.New("the referrers API gave something else than an index")
+
+// FallbackTag is the tag under which referrers of subject are listed where the
+// registry lacks the Referrers API.
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md#referrers-tag-schema
+func FallbackTag(subject digest.Digest) string {
+	alg := subject.Algorithm().String()
+	enc := subject.Encoded()
+	return alg[:min(len(alg), 32)] + "-" + enc[:min(len(enc), 64)]
+}
+
+// Referrers lists the manifests in the repository of ref that have that
+// subject, of one artifact type or, with "", of all. The API and the fallback
+// tag are asked at the same time, and count both. No referrers is no error.
+func (c *Client) Referrers(ctx context.Context, ref string, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	if err := subject.Validate(); err != nil {
+		return nil, fmt.Errorf("referrers of %q in %s: %w", subject, r.Name(), err)
+	}
+	var (
+		api, tag       []ocispec.Descriptor
+		apiErr, tagErr error
+		g              errgroup.Group
+	)
+	g.Go(func() error {
+		api, _, apiErr = c.referrersAPI(ctx, r, subject, artifactType)
+		return nil
+	})
+	g.Go(func() error {
+		var idx ocispec.Index
+		idx, tagErr = c.fallbackIndex(ctx, r, subject, docker.HostCapabilityResolve)
+		tag = idx.Manifests
+		return nil
+	})
+	g.Wait()
+	all := merge(api, tag)
+	if len(all) == 0 {
+		if err := errors.Join(apiErr, tagErr); err != nil {
+			return nil, fmt.Errorf("referrers of %s: %w", subject, err)
+		}
+	}
+	return c.ofType(ctx, r, all, artifactType)
+}
+
+// merge joins lists, without what is not a manifest or is there twice.
+func merge(lists ...[]ocispec.Descriptor) []ocispec.Descriptor {
+	var out []ocispec.Descriptor
+	seen := map[digest.Digest]bool{}
+	for _, d := range slices.Concat(lists...) {
+		if checkDescriptor(d) == nil && isManifest(d) && !seen[d.Digest] {
+			seen[d.Digest] = true
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+// ofType keeps the descriptors of that artifact type. Some registries report
+// the config's media type instead, which for most artifacts is the empty one:
+// those manifests are looked into.
+func (c *Client) ofType(ctx context.Context, r Reference, all []ocispec.Descriptor, artifactType string) ([]ocispec.Descriptor, error) {
+	if artifactType == "" {
+		return all, nil
+	}
+	var g errgroup.Group
+	g.SetLimit(8)
+	keep := make([]bool, len(all))
+	untyped := 0
+	for i := range all {
+		d := &all[i]
+		keep[i] = d.ArtifactType == artifactType
+		if d.ArtifactType != "" && d.ArtifactType != ocispec.MediaTypeEmptyJSON {
+			continue
+		}
+		if untyped++; untyped > maxUntyped {
+			continue
+		}
+		g.Go(func() error {
+			raw, err := c.Get(ctx, r.Name(), *d)
+			if errors.Is(err, os.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			m, err := readReferrer(*d, raw)
+			if err != nil {
+				return nil // not ours
+			}
+			d.ArtifactType, d.Annotations = m.ArtifactType, m.Annotations
+			keep[i] = d.ArtifactType == artifactType
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	var out []ocispec.Descriptor
+	for i, d := range all {
+		if keep[i] {
+			out = append(out, d)
+		}
+	}
+	return out, nil
+}
+
+// A referrer is what a list of referrers says of a manifest, and its subject.
+type referrer struct {
+	ArtifactType string
+	Annotations  map[string]string
+	Subject      *ocispec.Descriptor
+}
+
+func readReferrer(d ocispec.Descriptor, raw []byte) (referrer, error) {
+	var m ocispec.Manifest // an index has the same fields, as far as they go
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return referrer{}, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	t := m.ArtifactType
+	if t == "" {
+		t = m.Config.MediaType
+	}
+	return referrer{ArtifactType: t, Annotations: m.Annotations, Subject: m.Subject}, nil
+}
+
+// referrersAPI asks the API; supported is false, without error, where there is
+// none.
+func (c *Client) referrersAPI(ctx context.Context, r Reference, subject digest.Digest, artifactType string) (list []ocispec.Descriptor, supported bool, err error) {
+	query := url.Values{}
+	if artifactType != "" {
+		query.Set("artifactType", artifactType)
+	}
+	for range maxPages {
+		var (
+			idx  ocispec.Index
+			next url.Values
+		)
+		q := newRequest(r, http.MethodGet, "referrers", subject.String())
+		q.query = query
+		q.caps = docker.HostCapabilityReferrers
+		q.header.Set("Accept", ocispec.MediaTypeImageIndex)
+		q.use = func(_ *host, resp *http.Response) error {
+			next = nextPage(resp)
+			raw, err := readSmall(resp)
+			if err != nil {
+				return err
+			}
+			idx = ocispec.Index{}
+			if err := json.Unmarshal(raw, &idx); err != nil || idx.SchemaVersion != 2 {
+				return &finalError{errNotIndex}
+			}
+			return nil
+		}
+		if err := c.call(ctx, q); err != nil {
+			if noAPI(err) {
+				return list, supported, nil
+			}
+			return list, supported, err
+		}
+		supported = true
+		list = append(list, idx.Manifests...)
+		if next == nil || len(list) >= maxReferrers {
+			break
+		}
+		query = next
+	}
+	return list, supported, nil
+}
+
+// noAPI tells a registry without the API from one that is in trouble. The spec
+// has 404 for it; older ones know neither the path nor, some, that code.
+func noAPI(err error) bool {
+	if errors.Is(err, errNotIndex) || errors.Is(err, errdefs.ErrFailedPrecondition) {
+		return true
+	}
+	var e *Error
+	if !errors.As(err, &e) {
+		return false
+	}
+	switch e.Status {
+	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusBadRequest,
+		http.StatusNotAcceptable, http.StatusNotImplemented:
+		return true
+	}
+	return false
+}
+
+var linkNextRE = regexp.MustCompile(`<([^>]*)>\s*;\s*rel="?next"?`)
+
+// nextPage is the query of the Link to the next page, or nil.
+func nextPage(resp *http.Response) url.Values {
+	m := linkNextRE.FindStringSubmatch(strings.Join(resp.Header.Values("Link"), ","))
+	if m == nil {
+		return nil
+	}
+	u, err := url.Parse(m[1])
+	if err != nil || u.RawQuery == "" {
+		return nil
+	}
+	return u.Query()
+}
+
+// fallbackIndex reads the index under the fallback tag; without one, it is
+// empty.
+func (c *Client) fallbackIndex(ctx context.Context, r Reference, subject digest.Digest, caps docker.HostCapabilities) (ocispec.Index, error) {
+	q := newRequest(r, http.MethodGet, "manifests", FallbackTag(subject))
+	q.caps = caps
+	d, raw, err := c.readManifest(ctx, q, "")
+	if errors.Is(err, os.ErrNotExist) {
+		return emptyIndex(), nil
+	}
+	if err != nil {
+		return ocispec.Index{}, err
+	}
+	idx := emptyIndex()
+	if d.MediaType != ocispec.MediaTypeImageIndex {
+		return idx, fmt.Errorf("%s:%s: is a %q, not an index of referrers: delete that tag", r.Name(), FallbackTag(subject), d.MediaType)
+	}
+	if err := json.Unmarshal(raw, &idx); err != nil {
+		return idx, fmt.Errorf("%s:%s: %w", r.Name(), FallbackTag(subject), err)
+	}
+	if len(idx.Manifests) > maxReferrers {
+		return idx, fmt.Errorf("%s:%s: more than %d referrers", r.Name(), FallbackTag(subject), maxReferrers)
+	}
+	return idx, nil
+}
+
+// PutReferrer writes the manifest raw, which has a subject, by its digest into
+// the repository of ref, and lists it under the fallback tag where the registry
+// does not list it by itself. Its blobs are to be there before. Calls at the
+// same time do not lose each other's entries: on one machine they take turns,
+// and each looks again whether another machine has overwritten its entry.
+func (c *Client) PutReferrer(ctx context.Context, ref string, d ocispec.Descriptor, raw []byte) error {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	if err := checkDescriptor(d); err != nil {
+		return fmt.Errorf("referrer in %s: %w", r.Name(), err)
+	}
+	if d.Digest.Algorithm().FromBytes(raw) != d.Digest || int64(len(raw)) != d.Size || len(raw) > MaxObject {
+		return fmt.Errorf("referrer %s in %s: other bytes than its descriptor says", d.Digest, r.Name())
+	}
+	m, err := readReferrer(d, raw)
+	if err != nil {
+		return err
+	}
+	if m.Subject == nil || checkDescriptor(*m.Subject) != nil {
+		return fmt.Errorf("manifest %s: has no subject, so it refers to nothing", d.Digest)
+	}
+	listed, err := c.putManifest(ctx, r, d.Digest.String(), d.MediaType, raw)
+	if err != nil || listed {
+		return err
+	}
+	subject := m.Subject.Digest
+	if _, supported, err := c.referrersAPI(ctx, r, subject, m.ArtifactType); err != nil || supported {
+		return err
+	}
+	entry := ocispec.Descriptor{
+		MediaType:    d.MediaType,
+		Digest:       d.Digest,
+		Size:         d.Size,
+		ArtifactType: m.ArtifactType,
+		Annotations:  m.Annotations,
+	}
+	return c.updateFallback(ctx, r, subject, d.Digest, &entry)
+}
+
+// DeleteReferrer removes a referrer of subject: its manifest, and its entry
+// under the fallback tag. It is os.ErrNotExist where there was neither.
+func (c *Client) DeleteReferrer(ctx context.Context, ref string, subject, dgst digest.Digest) error {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(subject.Validate(), dgst.Validate()); err != nil {
+		return fmt.Errorf("referrer %q of %q in %s: %w", dgst, subject, r.Name(), err)
+	}
+	// The entry first, so that the list never names what is gone.
+	idx, err := c.fallbackIndex(ctx, r, subject, docker.HostCapabilityPush)
+	if err != nil {
+		return err
+	}
+	had := find(idx.Manifests, dgst) >= 0
+	if had {
+		if err := c.updateFallback(ctx, r, subject, dgst, nil); err != nil {
+			return err
+		}
+	}
+	err = c.delete(ctx, r, dgst.String())
+	if had && errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+func find(list []ocispec.Descriptor, d digest.Digest) int {
+	return slices.IndexFunc(list, func(x ocispec.Descriptor) bool { return x.Digest == d })
+}
+
+// updateFallback puts an entry into the index under the fallback tag, or with
+// nil takes it out. A registry has no compare-and-swap, so another machine may
+// write an index that does not know of it: after a random while the entry is
+// looked up again.
+func (c *Client) updateFallback(ctx context.Context, r Reference, subject, dgst digest.Digest, entry *ocispec.Descriptor) error {
+	const caps = docker.HostCapabilityPush
+	for range fallbackTries {
+		changed, err := c.rewriteFallback(ctx, r, subject, dgst, entry)
+		if err != nil || !changed {
+			return err
+		}
+		if err := c.sleep(ctx, 20*time.Millisecond+rand.N(80*time.Millisecond)); err != nil {
+			return err
+		}
+		idx, err := c.fallbackIndex(ctx, r, subject, caps)
+		if err != nil {
+			return err
+		}
+		if (find(idx.Manifests, dgst) >= 0) == (entry != nil) {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s:%s: others keep overwriting the list of referrers: try again", r.Name(), FallbackTag(subject))
+}
+
+// rewriteFallback is one turn at the index. changed is false where it already
+// says what it should.
+func (c *Client) rewriteFallback(ctx context.Context, r Reference, subject, dgst digest.Digest, entry *ocispec.Descriptor) (changed bool, err error) {
+	unlock, err := c.lock(ctx, r.Name()+"@"+subject.String())
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	idx, err := c.fallbackIndex(ctx, r, subject, docker.HostCapabilityPush)
+	if err != nil {
+		return false, err
+	}
+	i := find(idx.Manifests, dgst)
+	switch {
+	case i >= 0 && entry == nil:
+		idx.Manifests = slices.Delete(idx.Manifests, i, i+1)
+	case i < 0 && entry != nil:
+		idx.Manifests = append(idx.Manifests, *entry)
+	default:
+		return false, nil
+	}
+	raw, err := json.Marshal(idx)
+	if err != nil {
+		return false, err
+	}
+	_, err = c.putManifest(ctx, r, FallbackTag(subject), ocispec.MediaTypeImageIndex, raw)
+	return true, err
+}
