@@ -22,8 +22,8 @@ type Fetcher interface {
 	// io.EOF, or an error, which is io.ErrUnexpectedEOF where the origin ends
 	// too early. Cancelling ctx ends the stream, also while it is being read.
 	//
-	// Background streams use connections with small receive buffers, so that
-	// a reader that pauses soon stops the sender.
+	// Background streams use connections with bounded receive buffers, so
+	// that a reader that pauses soon stops the sender.
 	Fetch(ctx context.Context, off, n int64, lane Lane) (io.ReadCloser, error)
 
 	// Host is the key under which limits and the link estimate are kept.

@@ -177,7 +177,7 @@ func (b *Blob) finish(ws []waiting, off, n int64) (Origin, error) {
 	for try := 0; ; try++ {
 		var failed error
 		for _, w := range ws {
-			if !w.joined {
+			if !w.joined || w.f.lane == Demand {
 				origin = FromFetch
 			}
 			if err := w.f.wait(w.need); err != nil {

@@ -14,9 +14,9 @@ const (
 	FromCache
 	// FromPrefetch is the chunk cache, filled ahead of demand.
 	FromPrefetch
-	// FromFlight is a fetch that was already under way, and waited for.
+	// FromFlight is a prefetch that was under way, and waited for.
 	FromFlight
-	// FromFetch is a fetch that the read had to start itself.
+	// FromFetch is a fetch for demand: the read's own, or another read's.
 	FromFetch
 )
 

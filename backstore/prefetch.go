@@ -14,8 +14,9 @@ type Want struct {
 }
 
 // maxPiece bounds one background request, so that the head of a long range is
-// not sent together with its end and demand is never far behind one.
-const maxPiece = 2 << 20
+// not sent together with its end, demand is never far behind one, and a long
+// link is filled by several.
+const maxPiece = 1 << 20
 
 // maxPieces bounds the background requests of one image in flight.
 const maxPieces = 48
