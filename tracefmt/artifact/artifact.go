@@ -1,0 +1,159 @@
+// Package artifact keeps traces beside images in a registry.
+//
+// A trace is an OCI 1.1 artifact: a manifest whose subject is the platform's
+// manifest of the image, with an empty config and one layer, the trace as
+// tracefmt.Encode writes it. A trace of a few kilobytes is also carried inline
+// in its layer's descriptor, so that the manifest is all there is to fetch.
+// Annotations tell what `List` shows without reading traces. An image has
+// several traces, one for each workload; the image itself never changes.
+//
+// A trace is found in two ways, which are tried at the same time: it is a
+// referrer of its subject (Referrers API or fallback tag, which the registry
+// client asks together), and it has a tag of its own, [Tag], made of the
+// subject and a hash of the workload. The tag is one request, works at every
+// registry, and no concurrent attaching of another workload can lose it. Where
+// the two disagree the tag is right, because it is written last.
+//
+// A [Store] is safe for concurrent use. It needs no closing; the client is its
+// caller's.
+package artifact
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"math"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/reprise-project/reprise/backstore/registry"
+	"github.com/reprise-project/reprise/tracefmt"
+)
+
+// Types of a trace's manifest and of its layer.
+const (
+	ArtifactType = "application/vnd.reprise.trace.v1"
+	LayerType    = "application/vnd.reprise.trace.v1+msgpack.zstd"
+)
+
+// Annotations of the manifest, beside ocispec.AnnotationCreated, the time when
+// the trace was attached.
+const (
+	AnnotationWorkload = "dev.reprise.trace.workload"
+	AnnotationReady    = "dev.reprise.trace.ready" // microseconds; absent if never
+	AnnotationBytes    = "dev.reprise.trace.bytes"
+	AnnotationEvents   = "dev.reprise.trace.events"
+	AnnotationDefault  = "dev.reprise.trace.default" // "true", or absent
+)
+
+const (
+	maxInline   = 4 << 10            // bytes of a trace carried in its descriptor
+	maxBlob     = registry.MaxObject // bytes of a compressed trace
+	maxWorkload = 128                // bytes of a name
+	maxEntries  = 1000               // traces of an image that are looked at
+)
+
+// An Entry is what the registry tells of a trace.
+type Entry struct {
+	Descriptor ocispec.Descriptor // of the manifest
+	Workload   string
+	Created    time.Time     // when it was attached; zero if not told
+	Ready      time.Duration // 0 never, or not told
+	Bytes      int64
+	Events     int
+	Default    bool // for workloads that have no trace of their own
+}
+
+// entry reads the annotations of a trace's manifest. They are the word of
+// whoever pushed it: what makes no sense counts as not told.
+func entry(d ocispec.Descriptor) Entry {
+	a := d.Annotations
+	created, _ := time.Parse(time.RFC3339Nano, a[ocispec.AnnotationCreated])
+	return Entry{
+		Descriptor: d,
+		Workload:   a[AnnotationWorkload],
+		Created:    created,
+		Ready:      time.Duration(number(a[AnnotationReady], math.MaxInt64/1000)) * time.Microsecond,
+		Bytes:      number(a[AnnotationBytes], math.MaxInt64),
+		Events:     int(number(a[AnnotationEvents], tracefmt.MaxEvents)),
+		Default:    a[AnnotationDefault] == "true",
+	}
+}
+
+func number(s string, limit int64) int64 {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil || n < 0 || n > limit {
+		return 0
+	}
+	return n
+}
+
+// annotations are those of a compacted trace.
+func annotations(t *tracefmt.Trace, o *PushOptions) map[string]string {
+	a := map[string]string{
+		ocispec.AnnotationCreated: o.Created.UTC().Format(time.RFC3339Nano),
+		AnnotationWorkload:        t.Workload,
+		AnnotationBytes:           strconv.FormatInt(t.Bytes(), 10),
+		AnnotationEvents:          strconv.Itoa(len(t.Events)),
+	}
+	if t.End != nil && t.End.Ready > 0 {
+		a[AnnotationReady] = strconv.FormatInt(t.End.Ready.Microseconds(), 10)
+	}
+	if o.Default {
+		a[AnnotationDefault] = "true"
+	}
+	return a
+}
+
+// latest keeps the newest entry of each workload, sorted by name. A registry
+// that does not allow deletes lists the replaced ones as well.
+func latest(all []Entry) []Entry {
+	slices.SortStableFunc(all, func(a, b Entry) int {
+		return cmp.Or(cmp.Compare(a.Workload, b.Workload), b.Created.Compare(a.Created))
+	})
+	return slices.CompactFunc(all, func(a, b Entry) bool { return a.Workload == b.Workload })
+}
+
+// Tag is the tag of the trace of a workload: sha256-HEX.reprise-HASH.
+func Tag(subject digest.Digest, workload string) string {
+	sum := sha256.Sum256([]byte(workload))
+	return registry.FallbackTag(subject) + ".reprise-" + hex.EncodeToString(sum[:8])
+}
+
+// DefaultWorkload names what is started by its effective entrypoint and
+// arguments: the command's base name, and a hash of all of it. The same
+// arguments give the same name, everywhere and for ever.
+func DefaultWorkload(args []string) string {
+	name := ""
+	if len(args) > 0 {
+		name = strings.Trim(strings.Map(plain, path.Base(args[0])), "-.")
+	}
+	if name == "" {
+		name = "workload"
+	}
+	sum := sha256.Sum256([]byte(strings.Join(args, "\x00")))
+	return name[:min(len(name), 40)] + "-" + hex.EncodeToString(sum[:4])
+}
+
+func plain(r rune) rune {
+	if r < 0x80 && (unicode.IsLetter(r) || unicode.IsDigit(r) || strings.ContainsRune("._-", r)) {
+		return r
+	}
+	return '-'
+}
+
+func checkWorkload(name string) error {
+	if name == "" || len(name) > maxWorkload || !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl) {
+		return fmt.Errorf("workload %.200q: a name has 1 to %d bytes and no control characters", name, maxWorkload)
+	}
+	return nil
+}

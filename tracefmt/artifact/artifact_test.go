@@ -1,0 +1,448 @@
+package artifact
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/reprise-project/reprise/backstore/registry"
+	"github.com/reprise-project/reprise/backstore/registry/regtest"
+	"github.com/reprise-project/reprise/tracefmt"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// A site is a registry behind a link, with an image in it.
+type site struct {
+	*Store
+	t       *testing.T
+	link    *regtest.Link
+	ref     string
+	lockDir string
+	subject ocispec.Descriptor
+}
+
+func newSite(t *testing.T, noReferrers bool) *site {
+	t.Helper()
+	reg, err := regtest.NewRegistry(&regtest.RegistryOptions{Dir: t.TempDir(), NoReferrers: noReferrers})
+	require.NoError(t, err)
+	link := regtest.NewLink(regtest.LinkSpec{}, reg)
+	srv, err := regtest.Start(context.Background(), link)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, srv.Close()) })
+	s := &site{t: t, link: link, ref: srv.Addr + "/app:1", lockDir: t.TempDir()}
+	s.Store = s.client()
+	s.subject = s.putImage()
+	return s
+}
+
+// client is a store over a client of its own, which has nothing cached.
+func (s *site) client() *Store {
+	s.t.Helper()
+	c, err := registry.New(&registry.Options{
+		HostsDir: s.t.TempDir(), DockerConfigDir: s.t.TempDir(), LockDir: s.lockDir,
+		PlainHTTP: true, Attempts: 2, Backoff: time.Millisecond,
+	})
+	require.NoError(s.t, err)
+	s.t.Cleanup(func() { require.NoError(s.t, c.Close()) })
+	store, err := New(c, s.ref)
+	require.NoError(s.t, err)
+	return store
+}
+
+func (s *site) putImage() ocispec.Descriptor {
+	empty := ocispec.DescriptorEmptyJSON
+	require.NoError(s.t, s.c.Push(context.Background(), s.ref, empty, opener(empty.Data)))
+	return s.putManifest(ocispec.Manifest{Config: empty, Layers: []ocispec.Descriptor{empty}}, s.ref)
+}
+
+func (s *site) putManifest(m ocispec.Manifest, ref string) ocispec.Descriptor {
+	s.t.Helper()
+	m.Versioned, m.MediaType = specs.Versioned{SchemaVersion: 2}, ocispec.MediaTypeImageManifest
+	raw, err := json.Marshal(m)
+	require.NoError(s.t, err)
+	d := ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	require.NoError(s.t, s.c.Push(context.Background(), ref, d, opener(raw)))
+	return d
+}
+
+// noDeletes makes the registry refuse them, as most do by default.
+func (s *site) noDeletes() {
+	s.link.SetFault(func(r *http.Request) *regtest.Fault {
+		if r.Method == http.MethodDelete {
+			return &regtest.Fault{Status: http.StatusMethodNotAllowed}
+		}
+		return nil
+	})
+}
+
+// trace makes one of n scattered reads.
+func trace(workload string, n int) *tracefmt.Trace {
+	rnd := rand.New(rand.NewPCG(uint64(n), 1))
+	t := &tracefmt.Trace{
+		Header: tracefmt.Header{
+			Version: tracefmt.Version, Workload: workload, Space: tracefmt.LayerSpace,
+			Layers: []tracefmt.Layer{{Digest: digest.FromString("layer"), Size: 1 << 30, Decoded: 1 << 40}},
+		},
+		End: &tracefmt.End{Reason: "ready: port 80", Ready: 1500 * time.Millisecond, Duration: 2 * time.Second},
+	}
+	for i := range n {
+		t.Events = append(t.Events, tracefmt.Event{
+			At: time.Duration(i) * time.Millisecond, Off: rnd.Int64N(1<<39) &^ 4095, Len: 4096,
+		})
+	}
+	t.Compact()
+	return t
+}
+
+// both runs a test at a registry with the Referrers API and at one without.
+func both(t *testing.T, f func(t *testing.T, s *site)) {
+	t.Run("referrers API", func(t *testing.T) { f(t, newSite(t, false)) })
+	t.Run("fallback tag", func(t *testing.T) { f(t, newSite(t, true)) })
+}
+
+func (s *site) push(tr *tracefmt.Trace, o *PushOptions) Entry {
+	s.t.Helper()
+	e, err := s.Push(context.Background(), s.subject, tr, o)
+	require.NoError(s.t, err)
+	return e
+}
+
+func workloads(entries []Entry) []string {
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Workload)
+	}
+	return names
+}
+
+func TestPushListPull(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		list, err := s.List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Empty(t, list)
+
+		small, large := trace("small", 50), trace("large", 5000)
+		created := time.Unix(1_700_000_000, 123).UTC()
+		e := s.push(small, &PushOptions{Created: created})
+		s.push(large, &PushOptions{Default: true})
+		require.Equal(t, Entry{
+			Descriptor: e.Descriptor, Workload: "small", Created: created,
+			Ready: 1500 * time.Millisecond, Bytes: 50 * 4096, Events: 50,
+		}, e)
+
+		list, err = s.client().List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []string{"large", "small"}, workloads(list))
+		require.True(t, list[0].Default)
+		list[1].Descriptor = e.Descriptor
+		require.Equal(t, e, list[1])
+
+		for _, want := range []*tracefmt.Trace{small, large} {
+			got, e, err := s.client().Pull(ctx, s.subject.Digest, want.Workload)
+			require.NoError(t, err)
+			require.Equal(t, want, got)
+			require.Equal(t, want.Workload, e.Workload)
+		}
+		got, e2, err := s.client().PullDigest(ctx, e.Descriptor.Digest)
+		require.NoError(t, err)
+		require.Equal(t, small, got)
+		require.Equal(t, created, e2.Created)
+
+		_, _, err = s.Pull(ctx, s.subject.Digest, "absent")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		got, _, err = s.Auto(ctx, s.subject.Digest, "absent")
+		require.NoError(t, err)
+		require.Equal(t, "large", got.Workload)
+		got, _, err = s.Auto(ctx, s.subject.Digest, "small")
+		require.NoError(t, err)
+		require.Equal(t, "small", got.Workload)
+	})
+}
+
+// TestSmallIsOneRoundTrip counts what a lookup asks for: the tag beside the
+// list of referrers, and no blob.
+func TestSmallIsOneRoundTrip(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		s.push(trace("w", 50), nil)
+		s.link.Reset()
+		_, _, err := s.client().Pull(context.Background(), s.subject.Digest, "w")
+		require.NoError(t, err)
+		for _, r := range s.link.Stats().Log {
+			require.NotEqual(t, "blob", r.Kind, r.Path)
+		}
+	})
+}
+
+func TestPullWithoutOwnTag(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		s.push(trace("w", 50), nil)
+		s.push(trace("big", 5000), nil)
+		s.link.SetFault(func(r *http.Request) *regtest.Fault {
+			if strings.Contains(r.URL.Path, ".reprise-") {
+				return &regtest.Fault{Status: http.StatusNotFound}
+			}
+			return nil
+		})
+		for _, name := range []string{"w", "big"} {
+			tr, _, err := s.client().Pull(context.Background(), s.subject.Digest, name)
+			require.NoError(t, err)
+			require.Equal(t, name, tr.Workload)
+		}
+	})
+}
+
+// TestPullByTagAlone loses the list of referrers.
+func TestPullByTagAlone(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		s.push(trace("w", 50), nil)
+		s.link.SetFault(func(r *http.Request) *regtest.Fault {
+			if strings.HasSuffix(r.URL.Path, registry.FallbackTag(s.subject.Digest)) || strings.Contains(r.URL.Path, "/referrers/") {
+				return &regtest.Fault{Status: http.StatusNotFound}
+			}
+			return nil
+		})
+		tr, _, err := s.client().Pull(context.Background(), s.subject.Digest, "w")
+		require.NoError(t, err)
+		require.Equal(t, "w", tr.Workload)
+	})
+}
+
+func TestReplace(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		first := s.push(trace("w", 50), nil)
+		s.push(trace("other", 10), nil)
+		second := s.push(trace("w", 60), nil)
+		list, err := s.List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []string{"other", "w"}, workloads(list))
+		require.Equal(t, second.Descriptor.Digest, list[1].Descriptor.Digest)
+		_, _, err = s.client().PullDigest(ctx, first.Descriptor.Digest)
+		require.ErrorIs(t, err, os.ErrNotExist)
+
+		s.noDeletes()
+		s.push(trace("w", 70), nil)
+		list, err = s.List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []string{"other", "w"}, workloads(list))
+		require.Equal(t, 70, list[1].Events)
+		tr, _, err := s.client().Pull(ctx, s.subject.Digest, "w")
+		require.NoError(t, err)
+		require.Len(t, tr.Events, 70)
+	})
+}
+
+func TestDelete(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		s.push(trace("w", 50), nil)
+		s.push(trace("other", 50), nil)
+		require.NoError(t, s.Delete(ctx, s.subject.Digest, "w"))
+		require.ErrorIs(t, s.Delete(ctx, s.subject.Digest, "w"), os.ErrNotExist)
+		_, _, err := s.client().Pull(ctx, s.subject.Digest, "w")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		list, err := s.client().List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []string{"other"}, workloads(list))
+
+		s.noDeletes()
+		require.ErrorIs(t, s.Delete(ctx, s.subject.Digest, "other"), errors.ErrUnsupported)
+	})
+}
+
+func TestConcurrentPush(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		const n = 8
+		var wg sync.WaitGroup
+		for i := range n {
+			store := s.client()
+			wg.Go(func() {
+				_, err := store.Push(context.Background(), s.subject, trace(fmt.Sprint("w", i), 10+i), nil)
+				if err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		list, err := s.List(context.Background(), s.subject.Digest)
+		require.NoError(t, err)
+		require.Len(t, list, n)
+		for i := range n {
+			tr, _, err := s.Pull(context.Background(), s.subject.Digest, fmt.Sprint("w", i))
+			require.NoError(t, err)
+			require.Len(t, tr.Events, 10+i)
+		}
+	})
+}
+
+func TestPushRefuses(t *testing.T) {
+	s := newSite(t, false)
+	for name, c := range map[string]struct {
+		change func(tr *tracefmt.Trace)
+		err    string
+	}{
+		"empty":    {func(tr *tracefmt.Trace) { tr.Events = nil }, "no events"},
+		"device":   {func(tr *tracefmt.Trace) { tr.Space = tracefmt.DeviceSpace }, "of a device"},
+		"layers":   {func(tr *tracefmt.Trace) { tr.Layers = nil }, "its layers"},
+		"workload": {func(tr *tracefmt.Trace) { tr.Workload = "a\nb" }, "a name has"},
+		"event":    {func(tr *tracefmt.Trace) { tr.Events[0].Layer = 3 }, "layer 3"},
+	} {
+		tr := trace("w", 3)
+		c.change(tr)
+		_, err := s.Push(context.Background(), s.subject, tr, nil)
+		require.ErrorContains(t, err, c.err, name)
+	}
+	_, _, err := s.Pull(context.Background(), "sha256:x", "w")
+	require.Error(t, err)
+	_, _, err = s.Pull(context.Background(), s.subject.Digest, "")
+	require.ErrorContains(t, err, "a name has")
+	require.Error(t, s.Delete(context.Background(), "sha256:x", "w"))
+	_, err = New(s.c, "no registry")
+	require.Error(t, err)
+}
+
+func TestPushKeepsItsArgument(t *testing.T) {
+	s := newSite(t, false)
+	tr := trace("", 50)
+	tr.Args = []string{"/bin/serve", "--fast"}
+	tr.Events = append(tr.Events, tr.Events[0]) // not compact
+	before := *tr
+	before.Events = append([]tracefmt.Event(nil), tr.Events...)
+	e := s.push(tr, nil)
+	require.Equal(t, before, *tr)
+	require.Equal(t, DefaultWorkload(tr.Args), e.Workload)
+	require.Equal(t, 50, e.Events)
+	got, _, err := s.Pull(context.Background(), s.subject.Digest, e.Workload)
+	require.NoError(t, err)
+	require.Equal(t, e.Workload, got.Workload)
+}
+
+// TestHostileTag puts other things under a workload's tag: the trace is then
+// the listed one, or none.
+func TestHostileTag(t *testing.T) {
+	blob := encoded(t, trace("w", 5))
+	good := ocispec.Descriptor{MediaType: LayerType, Digest: digest.FromBytes(blob), Size: int64(len(blob)), Data: blob}
+	rotten := []byte("\x28\xb5\x2f\xfd and no more")
+	change := func(f func(m *ocispec.Manifest)) func(s *site) ocispec.Manifest {
+		return func(s *site) ocispec.Manifest {
+			m := ocispec.Manifest{
+				ArtifactType: ArtifactType, Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{good},
+				Subject: &s.subject, Annotations: map[string]string{AnnotationWorkload: "w"},
+			}
+			f(&m)
+			return m
+		}
+	}
+	for name, c := range map[string]struct {
+		manifest func(s *site) ocispec.Manifest
+		err      string
+	}{
+		"good":         {change(func(*ocispec.Manifest) {}), ""},
+		"no subject":   {change(func(m *ocispec.Manifest) { m.Subject = nil }), "another image"},
+		"workload":     {change(func(m *ocispec.Manifest) { m.Annotations[AnnotationWorkload] = "v" }), "of the workload"},
+		"type":         {change(func(m *ocispec.Manifest) { m.ArtifactType = "x/y" }), "not a trace"},
+		"no layers":    {change(func(m *ocispec.Manifest) { m.Layers = nil }), "not a trace"},
+		"layer's type": {change(func(m *ocispec.Manifest) { m.Layers[0].MediaType = "x/y" }), "not a trace"},
+		"too large":    {change(func(m *ocispec.Manifest) { m.Layers[0].Size = 1 << 40 }), "too many"},
+		"no trace": {change(func(m *ocispec.Manifest) {
+			m.Layers[0] = ocispec.Descriptor{MediaType: LayerType, Digest: digest.FromBytes(rotten), Size: int64(len(rotten)), Data: rotten}
+		}), "trace"},
+		"other data": {change(func(m *ocispec.Manifest) { m.Layers[0].Data = bytes.Repeat([]byte{1}, len(blob)) }), "missing"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, true)
+			m := c.manifest(s)
+			ref, err := registry.ParseReference(s.ref)
+			require.NoError(t, err)
+			if name != "other data" {
+				s.put(good, blob)
+				s.put(ocispec.Descriptor{Digest: digest.FromBytes(rotten), Size: int64(len(rotten)), MediaType: LayerType}, rotten)
+			}
+			s.putManifest(m, ref.WithTag(Tag(s.subject.Digest, "w")).String())
+			_, _, err = s.client().Pull(context.Background(), s.subject.Digest, "w")
+			if c.err == "" {
+				require.NoError(t, err)
+				return
+			}
+			require.ErrorContains(t, err, c.err)
+			require.NotErrorIs(t, err, os.ErrNotExist)
+		})
+	}
+}
+
+func (s *site) put(d ocispec.Descriptor, b []byte) {
+	s.t.Helper()
+	require.NoError(s.t, s.c.Push(context.Background(), s.ref, d, opener(b)))
+}
+
+func encoded(t *testing.T, tr *tracefmt.Trace) []byte {
+	var b bytes.Buffer
+	require.NoError(t, tracefmt.Encode(&b, tr))
+	return b.Bytes()
+}
+
+func TestCancelled(t *testing.T) {
+	s := newSite(t, false)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	_, _, err := s.Pull(ctx, s.subject.Digest, "w")
+	require.ErrorIs(t, err, context.Canceled)
+	_, err = s.List(ctx, s.subject.Digest)
+	require.ErrorIs(t, err, context.Canceled)
+}
+
+func TestAnnotationsOfOthers(t *testing.T) {
+	e := entry(ocispec.Descriptor{Annotations: map[string]string{
+		AnnotationWorkload: "w", AnnotationBytes: "-5", AnnotationEvents: "99999999999999999999",
+		AnnotationReady: "soon", ocispec.AnnotationCreated: "yesterday", AnnotationDefault: "yes",
+	}})
+	require.Equal(t, "w", e.Workload)
+	require.Zero(t, e.Bytes)
+	require.Zero(t, e.Events)
+	require.Zero(t, e.Ready)
+	require.True(t, e.Created.IsZero())
+	require.False(t, e.Default)
+}
+
+func TestTag(t *testing.T) {
+	d := digest.FromString("subject")
+	require.Equal(t, "sha256-"+d.Encoded()+".reprise-50e721e49c013f00", Tag(d, "w"))
+	require.LessOrEqual(t, len(Tag(digest.SHA512.FromString("x"), "w")), 128)
+}
+
+func TestDefaultWorkload(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{nil, "workload-e3b0c442"},
+		{[]string{"/usr/bin/python3", "-m", "http.server"}, "python3-"},
+		{[]string{"/"}, "workload-"},
+		{[]string{"  "}, "workload-"},
+		{[]string{"/opt/größer app"}, "gr--er-app-"},
+		{[]string{strings.Repeat("x", 100)}, strings.Repeat("x", 40) + "-"},
+	} {
+		got := DefaultWorkload(c.args)
+		require.True(t, strings.HasPrefix(got, c.want), got)
+		require.NoError(t, checkWorkload(got))
+	}
+	require.NotEqual(t, DefaultWorkload([]string{"a", "b c"}), DefaultWorkload([]string{"a", "b", "c"}))
+	require.Equal(t, DefaultWorkload([]string{"python3", "a.py"}), DefaultWorkload([]string{"python3", "a.py"}))
+}
