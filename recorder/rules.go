@@ -1,0 +1,90 @@
+package recorder
+
+import (
+	"fmt"
+	"math"
+	"sync"
+	"time"
+)
+
+// never is a time that has not come.
+const never = time.Duration(-1)
+
+// rules decide when a recording ends. Times are since Header.Start.
+type rules struct {
+	opts Options
+
+	last time.Duration // of the last first touch, or never; of the goroutine run
+
+	mu    sync.Mutex    // guards the following
+	ready time.Duration // 0 not yet
+	how   string        // it became ready
+	stop  string        // why the caller stops; empty if it does not
+}
+
+func (s *rules) setReady(now time.Duration, how string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ready == 0 {
+		s.ready, s.how = max(now, time.Microsecond), how
+	}
+}
+
+func (s *rules) setStop(why string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stop == "" {
+		s.stop = "stop: " + why
+	}
+}
+
+func (s *rules) readyTime() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ready
+}
+
+func (s *rules) touched(now time.Duration) { s.last = now }
+
+// check returns the reason to stop now, or else how long, if nothing else
+// happens, none will apply.
+func (s *rules) check(now time.Duration, events, bytes int64) (reason string, next time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	settled := s.settled(now)
+	most := left(0, s.opts.MaxDuration, now)
+	switch {
+	case s.stop != "":
+		return s.stop, 0
+	case events >= int64(s.opts.MaxEvents):
+		return fmt.Sprintf("events: %d", events), 0
+	case bytes >= s.opts.MaxBytes:
+		return fmt.Sprintf("bytes: %d", bytes), 0
+	case settled <= 0 && s.ready > 0:
+		return "ready: " + s.how, 0
+	case settled <= 0:
+		return fmt.Sprintf("quiet: nothing new for %v", s.opts.Quiet), 0
+	case most <= 0:
+		return fmt.Sprintf("duration: %v", s.opts.MaxDuration), 0
+	}
+	return "", min(settled, most)
+}
+
+// settled is the time that is left of Tail or, before it is ready, of Quiet.
+func (s *rules) settled(now time.Duration) time.Duration {
+	switch {
+	case s.ready > 0:
+		return left(s.ready, s.opts.Tail, now)
+	case s.last != never:
+		return left(s.last, s.opts.Quiet, now)
+	}
+	return math.MaxInt64
+}
+
+// left is the time from now to d after from; d may be the largest there is.
+func left(from, d, now time.Duration) time.Duration {
+	if d > math.MaxInt64-from {
+		return math.MaxInt64
+	}
+	return from + d - now
+}
