@@ -9,27 +9,16 @@ import (
 	"math/bits"
 )
 
-// Bounds of what Open reads first.
-const (
-	minTail = 64 << 10
-	maxTail = 4 << 20
-)
-
-// TailSize is the number of bytes that Open reads, in one call, from the end of
-// a blob of size bytes. They hold the whole index unless blocks compress
-// unusually well; then Open reads the rest of the index in a second call.
-func TailSize(size int64) int64 {
-	// An lz4 index of 4 KiB blocks is a 1000th of the data, a few 1000ths of
-	// the blob.
-	return min(size, max(minTail, min(size/256, maxTail)))
-}
+// tailSize is how much Open reads first, from the end of a blob: the trailer
+// with the rest of a tar behind it.
+const tailSize = 4 << 10
 
 // Open opens the ZFile in a blob of size bytes, bare or wrapped in a tar.
 //
-// It reads the last TailSize bytes of the blob, finds the trailer there, and
-// takes the index from the same bytes or a second read. Only if the trailer is
-// damaged, missing, or does not tell where the ZFile starts, does it read the
-// head: the tar wrapper and the header, which many writers complete too.
+// It reads the last 4 KiB of the blob, finds the trailer there, and reads the
+// index, which lies before it. Only if the trailer is damaged, missing, or does
+// not tell where the ZFile starts, does it read the head: the tar wrapper and
+// the header, which many writers complete too.
 //
 // Open checks header fields and index; blocks are checked as they are read.
 // Errors: ErrNotZFile, *CorruptError, errors.ErrUnsupported for a feature that
@@ -90,7 +79,7 @@ func (o *opener) locate() (base int64, h header, err error) {
 	if o.size < 2*headerSize {
 		return 0, h, ErrNotZFile
 	}
-	o.tail = make([]byte, TailSize(o.size))
+	o.tail = make([]byte, min(o.size, tailSize))
 	o.tailOff = o.size - int64(len(o.tail))
 	if err := readFull(o.r, o.tail, o.tailOff); err != nil {
 		return 0, h, err

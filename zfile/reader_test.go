@@ -228,7 +228,7 @@ func TestOpenReads(t *testing.T) {
 		{"stream", stream, 1, false},
 		{"tar", compress(t, content, &Options{Tar: true}), 1, false},
 		{"ustar", tarOf(t, tar.Header{Name: "x", Format: tar.FormatUSTAR}, stream), 1, false},
-		{"followed by a small member", append(compress(t, content, &Options{Tar: true}), make([]byte, 20<<10)...), 1, false},
+		{"followed by a small member", append(compress(t, content, &Options{Tar: true}), make([]byte, 20<<10)...), 3, true},
 		{"index longer than the tail", compress(t, zeros, &Options{Tar: true}), 2, false},
 		{"unusual tar header", tarOf(t, pax, bare), 2, true},
 		{"damaged trailer, good header", damaged, 2, true},
@@ -371,34 +371,43 @@ func verifyAll(ctx context.Context, blob, content []byte) error {
 }
 
 // TestCorruptRead: what is read before a bad block is given, and other blocks
-// stay readable.
+// stay readable. The read is large enough to be shared among processors.
 func TestCorruptRead(t *testing.T) {
-	content := mixed(13, 20*4096)
+	content := mixed(13, 300*4096)
 	for _, algo := range []Algo{LZ4, Zstd} {
 		for _, noVerify := range []bool{false, true} {
-			blob := compress(t, content, &Options{Algo: algo, NoVerify: noVerify, Tar: true})
-			good := open(t, blob)
-			off, n := good.CompressedRange(7*4096, 4096)
-			for i := range n {
-				blob[off+i] = 0xff
-			}
-			r := open(t, blob)
-			p := make([]byte, len(content))
-			m, err := r.ReadAt(p, 0)
-			var c *CorruptError
-			if !errors.As(err, &c) || c.Off != off || c.Len != n || c.What != "block 7" {
-				t.Errorf("%s: error is %v, want block 7 (%d bytes at %d)", algo, err, n, off)
-			}
-			if m != 7*4096 || !bytes.Equal(p[:m], content[:m]) {
-				t.Errorf("%s: %d good bytes, want 7 blocks", algo, m)
-			}
-			if _, err := r.ReadAt(p[:12*4096], 8*4096); err != nil || !bytes.Equal(p[:12*4096], content[8*4096:]) {
-				t.Errorf("%s: rest: %v", algo, err)
-			}
-			if err := r.Verify(t.Context()); !errors.As(err, &c) || c.What != "block 7" {
-				t.Errorf("%s: Verify: %v", algo, err)
+			for _, bad := range []int{7, 150, 299} {
+				blob := compress(t, content, &Options{Algo: algo, NoVerify: noVerify, Tar: true})
+				testCorruptRead(t, content, blob, bad)
 			}
 		}
+	}
+}
+
+func testCorruptRead(t *testing.T, content, blob []byte, bad int) {
+	t.Helper()
+	at := bad * 4096
+	off, n := open(t, blob).CompressedRange(int64(at), 4096)
+	for i := range n {
+		blob[off+i] = 0xff
+	}
+	r := open(t, blob)
+	what := fmt.Sprintf("block %d", bad)
+	p := make([]byte, len(content))
+	m, err := r.ReadAt(p, 0)
+	var c *CorruptError
+	if !errors.As(err, &c) || c.Off != off || c.Len != n || c.What != what {
+		t.Errorf("%s: error is %v, want %s (%d bytes at %d)", r.Info().Algo, err, what, n, off)
+	}
+	if m != at || !bytes.Equal(p[:m], content[:m]) {
+		t.Errorf("%s: %d good bytes, want %d", r.Info().Algo, m, at)
+	}
+	rest := p[at+4096:]
+	if _, err := io.ReadFull(io.NewSectionReader(r, int64(at+4096), int64(len(rest))), rest); err != nil || !bytes.Equal(rest, content[at+4096:]) {
+		t.Errorf("%s: rest: %v", r.Info().Algo, err)
+	}
+	if err := r.Verify(t.Context()); !errors.As(err, &c) || c.What != what {
+		t.Errorf("%s: Verify: %v", r.Info().Algo, err)
 	}
 }
 

@@ -118,7 +118,7 @@ func NewWriter(w io.Writer, o *Options) (*Writer, error) {
 			return nil, fmt.Errorf("zfile: %T cannot seek: set Options.Stream", w)
 		}
 		if z.base, err = seek.Seek(0, io.SeekCurrent); err != nil {
-			return nil, fmt.Errorf("zfile: target cannot seek: %w", err)
+			return nil, fmt.Errorf("zfile: target cannot seek: set Options.Stream: %w", err)
 		}
 		z.seek = seek
 		// Zeros until Close: what was cut off is not taken for a ZFile.
@@ -359,7 +359,14 @@ func (z *Writer) rewrite(head []byte, end int64) error {
 	if _, err := z.seek.Write(head); err != nil {
 		return fmt.Errorf("zfile: write header: %w", err)
 	}
-	if _, err := z.seek.Seek(end, io.SeekStart); err != nil {
+	at, err := z.seek.Seek(0, io.SeekCurrent)
+	if err == nil && at != z.base+int64(len(head)) {
+		return errors.New("zfile: write header: target appends what should be at its start: open it without O_APPEND")
+	}
+	if err == nil {
+		_, err = z.seek.Seek(end, io.SeekStart)
+	}
+	if err != nil {
 		return fmt.Errorf("zfile: seek to end: %w", err)
 	}
 	return nil

@@ -130,6 +130,21 @@ func TestWriteAtOffset(t *testing.T) {
 	}
 }
 
+func TestWriteAppending(t *testing.T) {
+	f, err := os.OpenFile(filepath.Join(t.TempDir(), "blob"), os.O_CREATE|os.O_RDWR|os.O_APPEND, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w, err := NewWriter(f, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err == nil || !strings.Contains(err.Error(), "O_APPEND") {
+		t.Errorf("error is %v", err)
+	}
+}
+
 func TestOptionsRejected(t *testing.T) {
 	for want, o := range map[string]*Options{
 		"unknown compression 3":   {Algo: 3},
@@ -212,13 +227,13 @@ func TestFullTarget(t *testing.T) {
 	content := mixed(25, 4*jobSize)
 	whole := len(compress(t, content, &Options{Tar: true}))
 	for room := 0; room <= whole+2048; room += 20000 {
-		testFullTarget(t, content, &limited{room: room, seeks: 3}, room >= whole+2048)
+		testFullTarget(t, content, &limited{room: room, seeks: 4}, room >= whole+2048)
 	}
-	for seeks := range 3 {
+	for seeks := range 4 {
 		testFullTarget(t, content, &limited{room: 1 << 30, seeks: seeks}, false)
 	}
-	testFullTarget(t, content, &limited{room: whole + 2047, seeks: 3}, false)
-	testFullTarget(t, content, &limited{room: whole + 2048, seeks: 3}, true)
+	testFullTarget(t, content, &limited{room: whole + 2047, seeks: 4}, false)
+	testFullTarget(t, content, &limited{room: whole + 2048, seeks: 4}, true)
 }
 
 func testFullTarget(t *testing.T, content []byte, l *limited, ok bool) {

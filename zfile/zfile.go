@@ -16,7 +16,7 @@
 //
 // # Reading
 //
-// Open reads the end of the blob, usually once, and never its head unless the
+// Open reads the end of the blob, in two steps, and not its head unless the
 // end does not explain itself. A Reader is immutable: all its methods may be
 // called concurrently, and it has nothing to close. It owns no part of the
 // io.ReaderAt below it, which must stay open as long as the Reader is used.
