@@ -43,7 +43,7 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
-// BenchmarkSeek looks up one sector each: one segment, as a rule.
+// BenchmarkLookupSector looks up one sector each: one segment, as a rule.
 func BenchmarkLookupSector(b *testing.B) {
 	for _, n := range []int{1_000, 10_000, 100_000, 1_000_000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {

@@ -18,12 +18,11 @@ type CommitOptions struct {
 }
 
 // Commit writes the layer to dst as a sealed layer: header, data, index and
-// trailer, front to back. Equal content gives equal bytes, whichever way the
-// layer was written: data lie in the order of the device, a run of them is one
-// entry up to 16,320 sectors, and neighbouring discards are one entry while
-// they are together shorter than 16,383 sectors. The reference implementation
-// writes the same bytes, except that it may cut runs above 8 MiB elsewhere,
-// depending on the sizes of the writes.
+// trailer, front to back. Data lie in the order of the device; a run of them is
+// one entry up to 16,320 sectors, whichever way it was written, and neighbouring
+// discards are one entry while they are together shorter than 16,383 sectors.
+// The reference implementation writes the same bytes, except that it may cut
+// runs of data above 8 MiB elsewhere, depending on the sizes of the writes.
 //
 // The layer goes on unchanged. Writes to an append-only layer go on meanwhile
 // and are not in the result; writes to a sparse layer wait. Cancelling ctx
@@ -53,7 +52,7 @@ func (w *Writable) commit(ctx context.Context, dst io.Writer, o *CommitOptions) 
 
 	l := compact(from)
 	if len(l.ents) > MaxSegments {
-		return fmt.Errorf("%d segments, more than the format's %d: write in larger pieces",
+		return fmt.Errorf("%d segments, more than the format's %d: the layer is too fragmented",
 			len(l.ents), MaxSegments)
 	}
 	h.flags = flagHeader | flagData | flagSealed
@@ -141,7 +140,7 @@ func (w *Writable) copyData(ctx context.Context, dst io.Writer, from []extent) e
 	buf := make([]byte, 1<<20)
 	n := 0 // bytes gathered in buf, so that small extents make large writes
 	flush := func() error {
-		if err := context.Cause(ctx); err != nil {
+		if err := context.Cause(ctx); err != nil || n == 0 {
 			return err
 		}
 		if _, err := dst.Write(buf[:n]); err != nil {

@@ -79,7 +79,7 @@ type chunk struct {
 	ext   []extent
 }
 
-const maxChunk = 512
+const maxChunk = 256
 
 // pos is a place in an extentMap; chunk == len(chunks) is the end.
 type pos struct{ chunk, i int }

@@ -57,14 +57,6 @@ func fileOf(t testing.TB, content []byte) *os.File {
 	return f
 }
 
-// fileCopy makes a file like the one named.
-func fileCopy(t testing.TB, name string) *os.File {
-	t.Helper()
-	b, err := os.ReadFile(name)
-	require.NoError(t, err)
-	return fileOf(t, b)
-}
-
 // reopen opens the file again, so that a test can go on after a Close.
 func reopen(t testing.TB, f *os.File) *os.File {
 	t.Helper()

@@ -17,7 +17,8 @@ import (
 // and no halving branches, so that the processor can work on several lookups
 // at a time.
 type Index struct {
-	// ents ends with indexTail entries behind all others.
+	// ents ends with indexTail entries behind all others: room for the
+	// shortest search in any index, and a stop for what walks along it.
 	ents []entry
 	// top[b] is the search for sectors in [b<<shift, (b+1)<<shift):
 	// start << 8 | halvings.
@@ -25,9 +26,11 @@ type Index struct {
 	shift uint8
 }
 
-// indexTail is the length of the shortest search but one: shorter indexes need
-// no special care.
-const indexTail = 1<<3 - 1
+// A search has 3, 6, 9, ... halvings.
+const (
+	searchStep = 3
+	indexTail  = 1<<searchStep - 1
+)
 
 // newIndex makes an index of sorted entries.
 func newIndex(ents []entry) *Index {
@@ -60,7 +63,7 @@ func newIndex(ents []entry) *Index {
 // begin earlier and end later: those entries are not in the bucket and are
 // found to be before or behind the sector.
 func (x *Index) search(from, n int) uint32 {
-	k := max(3, (bits.Len(uint(n))+2)/3*3)
+	k := max(1, (bits.Len(uint(n))+searchStep-1)/searchStep) * searchStep
 	return uint32(min(from, len(x.ents)-x.window(k)))<<8 | uint32(k)
 }
 

@@ -59,9 +59,11 @@
 //
 // An acknowledged write is in the page cache, so that the death of the process
 // loses nothing. When the machine dies, what was acknowledged before the last
-// successful Sync is there; of what came after, an append-only layer keeps the
-// part up to the first record that is torn, or missing, or whose data did not
-// reach the disk. Sync makes the data durable before the log.
+// successful Sync is there: Sync makes the data durable before the log. Of what
+// came after, a sparse layer may keep any part; an append-only layer keeps what
+// comes before the first record that is torn or missing, or whose data are
+// behind the end of the data file. (File systems that extend a file only once
+// the data are on disk, as ext4 and XFS do, leave no other trace of lost data.)
 //
 // The format is described in the overlaybd repository:
 // https://github.com/containerd/overlaybd

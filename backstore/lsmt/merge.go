@@ -2,9 +2,9 @@ package lsmt
 
 import "fmt"
 
-// maxMerged bounds the index of a stack: 16 Mi entries are 256 MiB. Stacks of
-// real images are two orders of magnitude below.
-const maxMerged = 16 << 20
+// maxMerged bounds the index of a stack, to 256 MiB; Index.top has room for
+// positions up to it. Stacks of real images are two orders of magnitude below.
+const maxMerged = 16<<20 - 1
 
 // Merge makes the index of a stack of at most MaxLayers layers, bottom first.
 // Segment.Layer of its segments is the position in layers. No layers give an
