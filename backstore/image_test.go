@@ -180,7 +180,7 @@ func TestPrefetchIsSeenByDemand(t *testing.T) {
 	im := model.open(t, openTestCache(t, t.TempDir(), CacheOptions{}))
 	var seen events
 	im.SetObserver(&seen)
-	off, n := im.BlobRange(0, 1<<20, 1<<20)
+	off, n := im.BlobRange(0, 1<<20, 512<<10)
 	got, err := im.Prefetch(t.Context(), []Want{{Layer: 0, Off: off, Len: n}}, nil)
 	require.NoError(t, err)
 	require.Equal(t, 1, got.Requests)
@@ -198,7 +198,7 @@ func TestPrefetchIsSeenByDemand(t *testing.T) {
 	s := im.Stats()
 	require.InDelta(t, 0.5, s.Coverage(), 0.01)
 	require.Positive(t, s.Used)
-	require.Less(t, s.Accuracy(), 0.2)
+	require.Less(t, s.Accuracy(), 0.3)
 
 	again, err := im.Prefetch(t.Context(), []Want{{Layer: 0, Off: off, Len: n}}, nil)
 	require.NoError(t, err)
