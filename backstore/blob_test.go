@@ -59,7 +59,7 @@ func testData(n int) []byte {
 
 var quiet = slog.New(slog.DiscardHandler)
 
-func openTestCache(t *testing.T, dir string, o CacheOptions) *Cache {
+func openTestCache(t testing.TB, dir string, o CacheOptions) *Cache {
 	t.Helper()
 	o.Log = quiet
 	c, err := OpenCache(dir, &o)

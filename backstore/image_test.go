@@ -369,9 +369,7 @@ func TestOpenImageErrors(t *testing.T) {
 
 func BenchmarkImageRead4K(b *testing.B) {
 	model := bigImage(b)
-	c, err := OpenCache(b.TempDir(), &CacheOptions{Log: quiet})
-	require.NoError(b, err)
-	im := model.open(b, c)
+	im := model.open(b, openTestCache(b, b.TempDir(), CacheOptions{}))
 	require.NoError(b, im.Complete(b.Context(), nil))
 	p := make([]byte, 4096)
 	r := rand.New(rand.NewPCG(1, 1))
@@ -391,9 +389,7 @@ func (discard) ObserveRead(ReadEvent) {}
 // BenchmarkObserve is what an observer costs: compare with the run without.
 func BenchmarkObserve(b *testing.B) {
 	model := bigImage(b)
-	c, err := OpenCache(b.TempDir(), &CacheOptions{Log: quiet})
-	require.NoError(b, err)
-	im := model.open(b, c)
+	im := model.open(b, openTestCache(b, b.TempDir(), CacheOptions{}))
 	require.NoError(b, im.Complete(b.Context(), nil))
 	s := &scratch{segs: im.lookup(nil, 1<<20, 4096)}
 	for name, o := range map[string]Observer{"without": nil, "with": discard{}} {
