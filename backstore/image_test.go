@@ -141,6 +141,25 @@ func TestOpeningALayerIsOneRequest(t *testing.T) {
 	}
 }
 
+func TestTailIsWhatOpeningReads(t *testing.T) {
+	for name, model := range map[string]*testImage{"small": newTestImage(t, 1, &zfile.Options{Tar: true}), "big": bigImage(t)} {
+		t.Run(name, func(t *testing.T) {
+			o := model.origins[0]
+			size := int64(len(o.data))
+			tail, err := TailOf(bytes.NewReader(o.data), size)
+			require.NoError(t, err)
+			c := openTestCache(t, t.TempDir(), CacheOptions{})
+			b := openTestBlob(t, c, o)
+			im, err := OpenImage(t.Context(), []LayerSource{{Blob: b, Tail: tail}})
+			require.NoError(t, err)
+			require.EqualValues(t, 1, o.requests.Load())
+			require.NoError(t, im.Close())
+		})
+	}
+	_, err := TailOf(bytes.NewReader(testData(5000)), 5000)
+	require.Error(t, err)
+}
+
 type events struct {
 	mu   sync.Mutex
 	list []ReadEvent

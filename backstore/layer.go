@@ -182,3 +182,19 @@ func (l *layer) close() error {
 	}
 	return l.blob.Close()
 }
+
+// AnnotationTail is the annotation of a layer's descriptor that gives
+// [LayerSource].Tail, in decimal.
+const AnnotationTail = "dev.reprise.tail"
+
+// TailOf returns how many bytes at the end of a layer's blob, of size bytes,
+// are read when the layer is opened.
+func TailOf(blob io.ReaderAt, size int64) (int64, error) {
+	l := &layer{info: LayerInfo{Size: size}}
+	if err := l.open(blob); err != nil {
+		return 0, err
+	}
+	off, _ := l.sealed.IndexRange() // the trailer is behind it
+	at, _ := l.blobRange(off, l.info.Decoded-off)
+	return size - at, nil
+}
