@@ -308,7 +308,7 @@ func (b *Blob) Verify(ctx context.Context) error {
 	for buf := make([]byte, 1<<20); ; {
 		n, err := r.Read(buf)
 		h.Write(buf[:n])
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			break
 		}
 		if err == nil {

@@ -25,7 +25,7 @@ func Open(path string) (*Trace, error) {
 	defer f.Close()
 	br := bufio.NewReader(f)
 	head, err := br.Peek(len(zstdMagic))
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("trace %s: %w", path, err)
 	}
 	read := Read
@@ -112,7 +112,7 @@ func (d *decoder) run() error {
 func (d *decoder) readMagic() error {
 	var magic [len(fileMagic)]byte
 	n, err := io.ReadFull(&d.in, magic[:])
-	if string(magic[:n]) != fileMagic[:n] || n == 0 && err == io.EOF {
+	if string(magic[:n]) != fileMagic[:n] || n == 0 && errors.Is(err, io.EOF) {
 		return errors.New("not a trace: the file does not begin with its magic bytes")
 	}
 	return cutOr(err)
@@ -120,7 +120,7 @@ func (d *decoder) readMagic() error {
 
 // cutOr maps the end of the input to errCut.
 func cutOr(err error) error {
-	if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return errCut
 	}
 	return err

@@ -55,7 +55,7 @@ func ReadReference(r io.Reader) (*Trace, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := br.ReadByte(); err != io.EOF {
+	if _, err := br.ReadByte(); !errors.Is(err, io.EOF) {
 		return nil, fmt.Errorf("reference trace: bytes follow its %d records", size/refRecord)
 	}
 	if want := binary.LittleEndian.Uint32(head[16:]); sum != want {
@@ -104,7 +104,7 @@ func parseRecord(rec []byte) (e Event, ok bool, err error) {
 }
 
 func noEOF(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

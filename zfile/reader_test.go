@@ -76,7 +76,7 @@ func checkRead(t *testing.T, r *Reader, content []byte, s span) {
 	if !bytes.Equal(buf[:n], want) {
 		t.Errorf("read %v gives %d bytes that differ", s, n)
 	}
-	if wantErr := int64(n) < s.n; wantErr != (err == io.EOF) || !wantErr && err != nil {
+	if wantErr := int64(n) < s.n; wantErr != (errors.Is(err, io.EOF)) || !wantErr && err != nil {
 		t.Errorf("read %v: %d bytes, %v", s, n, err)
 	}
 	if !bytes.Equal(buf[s.n:], bytes.Repeat([]byte{0xee}, guard)) {
@@ -86,7 +86,7 @@ func checkRead(t *testing.T, r *Reader, content []byte, s span) {
 
 func TestReadNegative(t *testing.T) {
 	r := open(t, compress(t, []byte("x"), nil))
-	if _, err := r.ReadAt(make([]byte, 1), -1); err == nil || err == io.EOF {
+	if _, err := r.ReadAt(make([]byte, 1), -1); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("error is %v", err)
 	}
 }
