@@ -1,0 +1,249 @@
+package device_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore/device"
+	"github.com/reprise-project/reprise/backstore/device/devicetest"
+)
+
+// The settings of BenchmarkFio, from the environment.
+var (
+	benchRounds  = envInt("REPRISE_BENCH_ROUNDS", 3)
+	benchSeconds = envInt("REPRISE_BENCH_SECONDS", 1)
+	benchDir     = os.Getenv("REPRISE_BENCH_DIR") // of the raw file; default /dev/shm
+)
+
+const benchSize = 256 << 20
+
+func envInt(name string, def int) int {
+	if v, err := strconv.Atoi(os.Getenv(name)); err == nil && v > 0 {
+		return v
+	}
+	return def
+}
+
+// contender is a device to be measured.
+type contender struct {
+	name string
+	open func(b *testing.B, file string) (dev string)
+}
+
+var contenders = []contender{
+	{"native loop, direct I/O on", func(b *testing.B, file string) string { return losetup(b, file, "on") }},
+	{"native loop, direct I/O off", func(b *testing.B, file string) string { return losetup(b, file, "off") }},
+	{"fuse+loop, raw file", func(b *testing.B, file string) string { return attachFile(b, file, 0) }},
+	{"fuse+loop, raw file O_DIRECT", func(b *testing.B, file string) string { return attachFile(b, file, unix.O_DIRECT) }},
+	{"fuse+loop, memory", func(b *testing.B, _ string) string { return attachBench(b, make(memory, benchSize)) }},
+}
+
+// job is a fio job.
+type job struct {
+	name, rw, block, engine string
+	depth                   int
+}
+
+var jobs = []job{
+	{"4 KiB random, QD 1", "randread", "4k", "psync", 1},
+	{"4 KiB random, QD 32", "randread", "4k", "libaio", 32},
+	{"128 KiB sequential, QD 1", "read", "128k", "psync", 1},
+	{"1 MiB sequential, QD 4", "read", "1m", "libaio", 4},
+}
+
+// memory is the cheapest backend there can be.
+type memory []byte
+
+func (m memory) ReadAt(p []byte, off int64) (int, error) { return copy(p, m[off:]), nil }
+
+// sample is what one run of fio gave.
+type sample struct {
+	iops    float64
+	latency time.Duration // median
+	cpu     time.Duration // of this process, a request
+}
+
+// BenchmarkFio compares devices with the kernel's own loop device, each
+// contender in turn in every round, so that what else the machine does hits
+// all of them alike. The ratios are medians of the rounds' own ratios to the
+// first contender. With the raw file in memory (/dev/shm) the native loop
+// device is as fast as it can be.
+func BenchmarkFio(b *testing.B) {
+	devicetest.RequireRoot(b)
+	for _, tool := range []string{"fio", "losetup"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			b.Skip("needs " + tool)
+		}
+	}
+	file := rawFile(b)
+	var devs []string
+	for _, c := range contenders {
+		devs = append(devs, c.open(b, file))
+	}
+	for b.Loop() {
+		results := map[job][][]sample{}
+		for range benchRounds {
+			for _, j := range jobs {
+				var round []sample
+				for _, dev := range devs {
+					round = append(round, fio(b, j, dev))
+				}
+				results[j] = append(results[j], round)
+			}
+		}
+		report(b, results)
+	}
+}
+
+func rawFile(b *testing.B) string {
+	b.Helper()
+	dir := benchDir
+	if dir == "" {
+		dir = "/dev/shm"
+	}
+	f, err := os.CreateTemp(dir, "reprise-bench-")
+	if err != nil {
+		b.Skipf("needs %s: %v", dir, err)
+	}
+	b.Cleanup(func() { os.Remove(f.Name()) })
+	defer f.Close()
+	chunk := make([]byte, 1<<20)
+	devicetest.Fill(rand.New(rand.NewPCG(1, 2)), chunk)
+	for range benchSize / len(chunk) {
+		if _, err := f.Write(chunk); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		b.Fatal(err)
+	}
+	return f.Name()
+}
+
+func losetup(b *testing.B, file, direct string) string {
+	b.Helper()
+	out, err := exec.Command("losetup", "--find", "--show", "--read-only",
+		"--sector-size=4096", "--direct-io="+direct, file).CombinedOutput()
+	if err != nil {
+		b.Fatalf("losetup: %v: %s", err, out)
+	}
+	dev := strings.TrimSpace(string(out))
+	b.Cleanup(func() {
+		if out, err := exec.Command("losetup", "--detach", dev).CombinedOutput(); err != nil {
+			b.Errorf("losetup: %v: %s", err, out)
+		}
+	})
+	return dev
+}
+
+func attachFile(b *testing.B, file string, flags int) string {
+	b.Helper()
+	f, err := os.OpenFile(file, os.O_RDONLY|flags, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { f.Close() })
+	return attachBench(b, f)
+}
+
+func attachBench(b *testing.B, r io.ReaderAt) string {
+	b.Helper()
+	d, err := device.Attach(context.Background(), r, benchSize, &device.Options{ReadOnly: true})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := d.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return d.Path()
+}
+
+func fio(b *testing.B, j job, dev string) sample {
+	b.Helper()
+	before := cpuTime()
+	out, err := exec.Command("fio", "--name="+filepath.Base(dev), "--filename="+dev, "--readonly", "--direct=1",
+		"--rw="+j.rw, "--bs="+j.block, "--ioengine="+j.engine, "--iodepth="+strconv.Itoa(j.depth),
+		"--time_based", fmt.Sprintf("--runtime=%d", benchSeconds), "--randrepeat=0", "--output-format=json").Output()
+	if err != nil {
+		b.Fatalf("fio: %v: %s", err, out)
+	}
+	used := cpuTime() - before
+	var result struct {
+		Jobs []struct {
+			Read struct {
+				IOPS  float64
+				Total int `json:"total_ios"`
+				CLat  struct {
+					Percentile map[string]int64
+				} `json:"clat_ns"`
+			}
+		}
+	}
+	if err := json.Unmarshal(out, &result); err != nil || len(result.Jobs) != 1 || result.Jobs[0].Read.Total == 0 {
+		b.Fatalf("fio: %v: %s", err, out)
+	}
+	r := result.Jobs[0].Read
+	return sample{r.IOPS, time.Duration(r.CLat.Percentile["50.000000"]), used / time.Duration(r.Total)}
+}
+
+// cpuTime is what this process has used.
+func cpuTime() time.Duration {
+	var ru unix.Rusage
+	if unix.Getrusage(unix.RUSAGE_SELF, &ru) != nil {
+		return 0
+	}
+	return time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
+}
+
+func report(b *testing.B, results map[job][][]sample) {
+	var s strings.Builder
+	w := tabwriter.NewWriter(&s, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(w, "job\tdevice\tIOPS\tMB/s\tp50\tratio\tserver CPU/request\t")
+	for _, j := range jobs {
+		rounds := results[j]
+		for i, c := range contenders {
+			iops := medianOf(rounds, func(r []sample) float64 { return r[i].iops })
+			p50 := medianOf(rounds, func(r []sample) float64 { return float64(r[i].latency) })
+			cpu := medianOf(rounds, func(r []sample) float64 { return float64(r[i].cpu) })
+			ratio := medianOf(rounds, func(r []sample) float64 { return r[i].iops / r[0].iops })
+			fmt.Fprintf(w, "%s\t%s\t%.0f\t%.0f\t%.1f µs\t%.2f\t%.1f µs\t\n",
+				j.name, c.name, iops, iops*j.bytes()/1e6, p50/1e3, ratio, cpu/1e3)
+		}
+		b.ReportMetric(medianOf(rounds, func(r []sample) float64 { return r[2].iops / r[0].iops }),
+			strings.NewReplacer(" ", "", ",", "-").Replace(j.name)+"-ratio")
+	}
+	w.Flush()
+	// b.Log cuts long text off.
+	fmt.Printf("%d rounds of %d s, medians; ratios to the first device of each job\n%s", benchRounds, benchSeconds, &s)
+}
+
+func (j job) bytes() float64 {
+	n, unit := 0.0, ""
+	fmt.Sscanf(j.block, "%f%s", &n, &unit)
+	return n * map[string]float64{"k": 1 << 10, "m": 1 << 20}[unit]
+}
+
+func medianOf(rounds [][]sample, f func([]sample) float64) float64 {
+	var v []float64
+	for _, r := range rounds {
+		v = append(v, f(r))
+	}
+	slices.Sort(v)
+	return v[len(v)/2]
+}

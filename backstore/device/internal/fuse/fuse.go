@@ -1,0 +1,143 @@
+// Package fuse serves one file over /dev/fuse: a root directory (node 1) that
+// holds a single regular file (node 2), whose reads and writes go to a
+// [Backend]. It exists to be opened once, by the loop driver.
+//
+// The nouns: a [Session] is one FUSE connection with its descriptor, its
+// detached mount and its workers; a worker is a goroutine with one buffer.
+//
+// # Concurrency
+//
+// A worker blocks in read(2) on the shared descriptor, runs the request it got
+// to its end in the same goroutine and goes back. Whoever takes a request and
+// leaves nobody waiting starts one more worker first, so a backend that blocks
+// holds up only its own request, up to Config.Workers of them. Workers that
+// find enough others waiting end. A request allocates nothing: it is read into,
+// and answered from, the worker's buffer, which is mapped outside the Go heap.
+// The descriptor is not cloned: a request belongs to the connection, not to a
+// worker, as long as nobody read it.
+//
+// # Buffers
+//
+// One buffer serves both directions, laid out so that data is page aligned
+// whichever way it goes, and a reply is one write(2) of header and data:
+//
+//	         page 0           |  page 1 ...
+//	..... write header 80 B   |  data of a WRITE       (request)
+//	.....        reply 16 B   |  data of a READ        (reply)
+//
+// # Adoption
+//
+// Nothing that the kernel knows of a session is chosen at run time: node ids,
+// file handles and generations are constants, INIT is answered before the
+// first worker starts, and all else that a session lives by is in the fields
+// of [Session] and [buffers]. Another process that holds a duplicate of the
+// descriptor can therefore go on where this one ended.
+//
+// # Closing
+//
+// [Session.Close] first sends the waiting workers home, by asking the file
+// system for its statistics through the mount descriptor until nobody waits,
+// then waits for the busy ones, at most for the time it was given, then puts
+// /dev/null in the place of the descriptor. That was the last reference to
+// /dev/fuse, so the kernel fails all requests still open; late replies go
+// nowhere. A backend call must not wait for I/O on the device it serves.
+package fuse
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+)
+
+// Backend is what the file holds.
+type Backend interface {
+	io.ReaderAt
+	// WriteAt, Discard and Sync return errors.ErrUnsupported where the file
+	// lacks the ability; the kernel then stops asking.
+	io.WriterAt
+	Discard(off, n int64) error
+	Sync() error
+}
+
+// Node ids and the file handle: constants, see Adoption.
+const (
+	rootNode = 1
+	fileNode = 2
+	fileFH   = 1
+)
+
+const (
+	pageSize = 4096
+	// maxIO is the largest READ and WRITE, in bytes. Larger requests of the
+	// loop driver arrive as several, which run in parallel. Measured from 64 KiB
+	// to 1 MiB: a buffer of this size stays in the processor's L2 cache between
+	// the backend's copy and the kernel's, which saves a sixth of the time of a
+	// sequential read against 1 MiB, and smaller ones cost more requests.
+	maxIO = 256 << 10
+	// maxPages is the largest request in pages, for INIT: more than maxIO has,
+	// since data that is not page aligned touches one more.
+	maxPages = 256
+	// maxBackground is how many asynchronous requests the kernel has out at a
+	// time; its default of 12 throttles. The loop queue holds 128 requests of
+	// up to 1280 KiB.
+	maxBackground = 128 * (1280 << 10) / maxIO
+	// maxIdle is how many workers wait in read(2) before others end: with one,
+	// every request starts and ends a goroutine; with three or more, each
+	// request wakes another thread that finds the queue empty.
+	maxIdle = 2
+)
+
+// Config describes a session. All fields but MinFD and OnError are
+// required.
+type Config struct {
+	Name      string // of the file, as `losetup -a` shows it
+	Size      int64  // of the file, in bytes
+	BlockSize int    // granularity of a discard, in bytes
+	ReadOnly  bool
+	Workers   int // most requests in the backend at a time
+	MinFD     int // lowest number for the descriptor of /dev/fuse
+	// OnError is told of each request that the backend failed. Concurrent.
+	OnError func(*OpError)
+}
+
+// OpError is a request that the backend failed.
+type OpError struct {
+	Op     string // "read", "write", "discard", "sync"
+	Off, N int64  // bytes; zero for sync
+	Err    error
+}
+
+func (e *OpError) Error() string {
+	if e.Op == "sync" {
+		return "sync: " + e.Err.Error()
+	}
+	return fmt.Sprintf("%s %d bytes at %d: %v", e.Op, e.N, e.Off, e.Err)
+}
+
+// Unwrap gives the backend's error.
+func (e *OpError) Unwrap() error { return e.Err }
+
+// Session is a FUSE connection that is being served. Its methods are safe for
+// concurrent use.
+type Session struct {
+	cfg     Config
+	backend Backend
+	fd      int // /dev/fuse; /dev/null once aborted
+	mount   int // the detached mount
+	bufs    buffers
+
+	idle    atomic.Int32 // workers in, or about to enter, read(2)
+	workers atomic.Int32 // workers alive; never rises from zero
+	closing atomic.Bool
+
+	ended chan struct{} // closed when the last worker has ended
+	err   atomic.Pointer[error]
+	close closeState
+}
+
+var (
+	// ErrAborted says that somebody else ended the connection.
+	ErrAborted = errors.New("fuse: connection aborted")
+	errBusy    = errors.New("fuse: backend requests still running; connection aborted")
+)

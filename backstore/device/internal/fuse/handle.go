@@ -1,0 +1,185 @@
+package fuse
+
+import (
+	"errors"
+	"io"
+
+	"golang.org/x/sys/unix"
+)
+
+// handle answers one request.
+func (s *Session) handle(b *buffer, req []byte) {
+	h := parseHeader(req)
+	body := req[inHeaderSize:]
+	switch h.op {
+	case opRead:
+		s.read(b, h, body)
+	case opWrite:
+		s.write(b, h, body)
+	case opFsync, opFlush:
+		s.sync(b, h)
+	case opFallocate:
+		s.fallocate(b, h, body)
+	case opForget, opBatchForget: // have no reply
+	case opInterrupt:
+		// ENOSYS stops the kernel from sending more. The requests that matter
+		// come from the loop driver and are never interrupted.
+		s.answer(b, h, 0, unix.ENOSYS)
+	default:
+		s.meta(b, h, body)
+	}
+}
+
+// meta answers what concerns the two nodes and not the data.
+func (s *Session) meta(b *buffer, h header, body []byte) {
+	out := b.data(attrOutSize + entryOutSize)
+	switch h.op {
+	case opLookup:
+		if h.node != rootNode || cString(body) != s.cfg.Name {
+			s.answer(b, h, 0, unix.ENOENT)
+			return
+		}
+		a := s.attr(fileNode)
+		putEntryOut(out, &a)
+		s.answer(b, h, entryOutSize, 0)
+	case opGetattr:
+		a := s.attr(h.node)
+		putAttrOut(out, &a)
+		s.answer(b, h, attrOutSize, 0)
+	case opOpen:
+		putOpenOut(out, fileFH, fopenDirectIO|fopenParallelDirectWrites)
+		s.answer(b, h, openOutSize, 0)
+	case opStatfs:
+		putStatfsOut(out, uint64(s.cfg.Size), uint32(s.cfg.BlockSize))
+		s.answer(b, h, statfsOutSize, 0)
+	case opRelease, opDestroy:
+		s.answer(b, h, 0, 0)
+	default:
+		s.answer(b, h, 0, unix.ENOSYS)
+	}
+}
+
+func (s *Session) attr(node uint64) attr {
+	switch {
+	case node != fileNode:
+		return attr{ino: node, mode: unix.S_IFDIR | 0o500, nlink: 2}
+	case s.cfg.ReadOnly:
+		return attr{ino: node, size: uint64(s.cfg.Size), mode: unix.S_IFREG | 0o400, nlink: 1}
+	}
+	return attr{ino: node, size: uint64(s.cfg.Size), mode: unix.S_IFREG | 0o600, nlink: 1}
+}
+
+func (s *Session) read(b *buffer, h header, body []byte) {
+	e, ok := s.extent(body, 24, parseRW)
+	if !ok || e.n > maxIO {
+		s.answer(b, h, 0, unix.EINVAL)
+		return
+	}
+	n := int(e.n)
+	if s.closing.Load() {
+		s.answer(b, h, 0, unix.EIO)
+		return
+	}
+	got, err := s.backend.ReadAt(b.data(n), int64(e.off))
+	if got == n { // io.ReaderAt may say io.EOF beside all that was asked for
+		s.answer(b, h, n, 0)
+		return
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	s.answer(b, h, 0, s.failed("read", e, err))
+}
+
+func (s *Session) write(b *buffer, h header, body []byte) {
+	e, ok := s.extent(body, writeInSize, parseRW)
+	if !ok || e.n != uint64(len(body)-writeInSize) {
+		s.answer(b, h, 0, unix.EINVAL)
+		return
+	}
+	if s.closing.Load() {
+		s.answer(b, h, 0, unix.EIO)
+		return
+	}
+	if _, err := s.backend.WriteAt(b.data(int(e.n)), int64(e.off)); err != nil {
+		s.answer(b, h, 0, s.failed("write", e, err))
+		return
+	}
+	out := b.data(8)
+	native.PutUint64(out, e.n) // fuse_write_out
+	s.answer(b, h, 8, 0)
+}
+
+func (s *Session) fallocate(b *buffer, h header, body []byte) {
+	if len(body) < 32 {
+		s.answer(b, h, 0, unix.EINVAL)
+		return
+	}
+	e, mode := parseFallocate(body)
+	mode &^= fallocKeepSize
+	if mode != fallocPunchHole && mode != fallocZeroRange {
+		s.answer(b, h, 0, unix.EOPNOTSUPP)
+		return
+	}
+	if !s.inside(e) {
+		s.answer(b, h, 0, unix.EINVAL)
+		return
+	}
+	err := s.backend.Discard(int64(e.off), int64(e.n))
+	s.answer(b, h, 0, s.failed("discard", e, err))
+}
+
+func (s *Session) sync(b *buffer, h header) {
+	s.answer(b, h, 0, s.failed("sync", extent{}, s.backend.Sync()))
+}
+
+// extent decodes where a READ or WRITE goes and checks it against the file.
+func (s *Session) extent(body []byte, size int, parse func([]byte) extent) (extent, bool) {
+	if len(body) < size {
+		return extent{}, false
+	}
+	e := parse(body)
+	return e, s.inside(e)
+}
+
+func (s *Session) inside(e extent) bool {
+	size := uint64(s.cfg.Size)
+	return e.off <= size && e.n <= size-e.off
+}
+
+// failed reports err and chooses the errno that the block layer sees.
+func (s *Session) failed(op string, e extent, err error) unix.Errno {
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, errors.ErrUnsupported):
+		return unix.ENOSYS
+	}
+	if s.cfg.OnError != nil {
+		s.cfg.OnError(&OpError{Op: op, Off: int64(e.off), N: int64(e.n), Err: err})
+	}
+	if errors.Is(err, unix.ENOSPC) {
+		return unix.ENOSPC
+	}
+	return unix.EIO
+}
+
+// answer sends the reply whose n bytes are in b.data. An error of write(2)
+// says that the request is gone: it was interrupted or the session is ending.
+func (s *Session) answer(b *buffer, h header, n int, errno unix.Errno) {
+	if errno != 0 {
+		n = 0
+	}
+	p := b.reply(n)
+	putHeader(p, n, int32(errno), h.unique)
+	write(s.fd, p)
+}
+
+func cString(b []byte) string {
+	for i, c := range b {
+		if c == 0 {
+			return string(b[:i])
+		}
+	}
+	return string(b)
+}

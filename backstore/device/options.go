@@ -1,0 +1,118 @@
+package device
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/reprise-project/reprise/backstore/device/internal/fuse"
+)
+
+// Options of [Attach]. A zero field means its default.
+type Options struct {
+	// Transport is "auto" (the default) or "fuse", which is FUSE and loop.
+	Transport string
+	// ReadOnly refuses writes in the kernel. It must be set if the backend is
+	// no io.WriterAt.
+	ReadOnly bool
+	// SectorSize is the logical block size in bytes: 512, 1024, 2048 or 4096.
+	// Default 4096, or the largest that divides the size. A file system whose
+	// blocks are smaller than a sector cannot be mounted.
+	SectorSize int
+	// ReadAheadKB is the kernel's read-ahead on the device, in KiB. Default
+	// 128; negative for none.
+	ReadAheadKB int
+	// Name is what `losetup` shows as the backing file. Default "reprise".
+	Name string
+	// MaxInFlight is how many backend calls may run at a time. Default 128.
+	MaxInFlight int
+	// CloseTimeout is how long Close waits for the backend. Default 10 s.
+	CloseTimeout time.Duration
+	// OnError is told of each request that the backend failed, as an *[IOError].
+	// It is called inline and concurrently: it must be quick. Default nil.
+	OnError func(error)
+}
+
+// IOError is a request that the backend failed.
+type IOError = fuse.OpError
+
+const minSector, maxSector = 512, 4096
+
+// fill returns a checked copy of o with the defaults set.
+func (o *Options) fill(b Backend, size int64) (*Options, error) {
+	var c Options
+	if o != nil {
+		c = *o
+	}
+	if b == nil {
+		return nil, errors.New("no backend")
+	}
+	if c.Transport != "" && c.Transport != "auto" && c.Transport != "fuse" {
+		return nil, fmt.Errorf("unknown transport %q: use auto or fuse", c.Transport)
+	}
+	if _, ok := b.(io.WriterAt); !ok && !c.ReadOnly {
+		return nil, errors.New("the backend cannot be written: set ReadOnly")
+	}
+	if err := c.fillSector(size); err != nil {
+		return nil, err
+	}
+	c.Name = fileName(c.Name)
+	orDefault(&c.ReadAheadKB, 128)
+	orDefault(&c.MaxInFlight, 128)
+	orDefault(&c.CloseTimeout, 10*time.Second)
+	if c.MaxInFlight < 1 || c.CloseTimeout < 0 {
+		return nil, fmt.Errorf("MaxInFlight %d or CloseTimeout %v is negative", c.MaxInFlight, c.CloseTimeout)
+	}
+	return &c, nil
+}
+
+func (o *Options) fillSector(size int64) error {
+	if size <= 0 || size%minSector != 0 {
+		return fmt.Errorf("size %d is not a positive multiple of %d", size, minSector)
+	}
+	if o.SectorSize == 0 {
+		o.SectorSize = maxSector
+		for size%int64(o.SectorSize) != 0 {
+			o.SectorSize /= 2
+		}
+	}
+	s := o.SectorSize
+	if s < minSector || s > maxSector || s&(s-1) != 0 {
+		return fmt.Errorf("sector size %d is not 512, 1024, 2048 or 4096", s)
+	}
+	if size%int64(s) != 0 {
+		return fmt.Errorf("size %d is not a multiple of the sector size %d", size, s)
+	}
+	return nil
+}
+
+func (o *Options) onError() func(*fuse.OpError) {
+	if o.OnError == nil {
+		return nil
+	}
+	return func(e *fuse.OpError) { o.OnError(e) }
+}
+
+// fileName makes a name that a directory entry can have.
+func fileName(s string) string {
+	const longest = 255 // NAME_MAX
+	s = strings.Map(func(r rune) rune {
+		if r == '/' || r < ' ' {
+			return '_'
+		}
+		return r
+	}, s)
+	switch s = s[:min(len(s), longest)]; s {
+	case "", ".", "..":
+		return "reprise"
+	}
+	return s
+}
+
+func orDefault[T comparable](p *T, v T) {
+	if *p == *new(T) {
+		*p = v
+	}
+}
