@@ -1,0 +1,289 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore"
+	"github.com/reprise-project/reprise/backstore/lsmt"
+)
+
+// Annotations of a layer in overlaybd format.
+const (
+	annotationDigest = "containerd.io/snapshot/overlaybd/blob-digest"
+	annotationFSType = "containerd.io/snapshot/overlaybd/blob-fs-type"
+	annotationAccel  = "containerd.io/snapshot/overlaybd/acceleration-layer"
+)
+
+// An Image is an image that is open on this node.
+type Image struct {
+	*backstore.Image
+	Ref      string
+	Manifest digest.Digest // of the platform's manifest; empty for a local config
+	Config   ocispec.Image // empty for a local config
+	FSType   string        // ext4 unless the layers say otherwise
+
+	node     *Node
+	phases   *Phases
+	trace    *lookup
+	readOnly bool     // it has no upper layer
+	lock     *os.File // on the upper layer that its config names
+}
+
+// ImageOptions are the settings of [Node.OpenImage].
+type ImageOptions struct {
+	// Trace is "auto" (the one beside the image), "none" (the default), or a
+	// file or digest.
+	Trace string
+	// Workload chooses among the traces of the image; by default it derives
+	// from the command.
+	Workload string
+	// Args override the image's command, for the workload's name.
+	Args []string
+	// Phases receives the steps of the opening; may be nil.
+	Phases *Phases
+}
+
+// OpenImage opens ref: a reference of a converted image at a registry, an OCI
+// layout as oci:DIR[:TAG], or the path of a config.v1.json.
+func (n *Node) OpenImage(ctx context.Context, ref string, o *ImageOptions) (*Image, error) {
+	var opts ImageOptions
+	if o != nil {
+		opts = *o
+	}
+	im, err := n.openImage(ctx, ref, opts, false)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", ref, err)
+	}
+	return im, nil
+}
+
+// openImage opens an image, to be written to if write is set: then nobody else
+// may have its upper layer open.
+func (n *Node) openImage(ctx context.Context, ref string, o ImageOptions, write bool) (im *Image, err error) {
+	o.Phases = cmp.Or(o.Phases, NewPhases())
+	if isConfig(ref) {
+		im, err = n.openConfig(ctx, ref, o, write)
+	} else {
+		im, err = n.openSource(ctx, ref, o)
+	}
+	if err == nil {
+		o.Phases.mark("image open")
+	}
+	return im, err
+}
+
+func (n *Node) openSource(ctx context.Context, ref string, o ImageOptions) (*Image, error) {
+	src, err := n.source(ref)
+	if err != nil {
+		return nil, err
+	}
+	m, err := src.manifest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	o.Phases.mark("manifest")
+	fs, err := fsType(m.layers)
+	if err != nil {
+		return nil, err
+	}
+	im := &Image{Ref: ref, Manifest: m.digest, FSType: fs, node: n, phases: o.Phases, readOnly: true}
+	g, gctx := errgroup.WithContext(ctx)
+	config := make(chan struct{})
+	g.Go(func() error {
+		defer close(config)
+		return im.readConfig(gctx, src, m)
+	})
+	im.trace = n.startLookup(ctx, im, o, config)
+	g.Go(func() error {
+		layers, err := src.layers(m)
+		if err == nil {
+			im.Image, err = backstore.OpenImage(gctx, layers)
+		}
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		im.trace.end()
+		if im.Image != nil {
+			err = errors.Join(err, im.Image.Close())
+		}
+		return nil, err
+	}
+	return im, nil
+}
+
+func (im *Image) readConfig(ctx context.Context, src *source, m *manifest) error {
+	p, err := src.at.Get(ctx, m.config)
+	if err != nil {
+		return fmt.Errorf("image config: %w", err)
+	}
+	if err := json.Unmarshal(p, &im.Config); err != nil {
+		return fmt.Errorf("image config %s: %w", m.config.Digest, err)
+	}
+	return nil
+}
+
+// isConfig tells a local config.v1.json from a reference.
+func isConfig(ref string) bool {
+	if strings.HasPrefix(ref, layoutScheme) {
+		return false
+	}
+	if strings.HasSuffix(ref, ".json") {
+		return true
+	}
+	fi, err := os.Stat(ref)
+	return err == nil && fi.Mode().IsRegular()
+}
+
+func (n *Node) openConfig(ctx context.Context, path string, o ImageOptions, write bool) (*Image, error) {
+	c, err := backstore.ReadConfig(path)
+	if err != nil {
+		return nil, err
+	}
+	sources, err := c.Sources()
+	if err != nil {
+		return nil, err
+	}
+	im := &Image{Ref: path, FSType: "ext4", node: n, phases: o.Phases, readOnly: true}
+	if im.Image, err = backstore.OpenImage(ctx, sources); err != nil {
+		return nil, err
+	}
+	if err := im.openUpper(c, write); err != nil {
+		return nil, errors.Join(err, im.Image.Close())
+	}
+	im.trace = n.startLookup(ctx, im, o, nil)
+	return im, nil
+}
+
+// openUpper adds the writable layer that a configuration names, if it does.
+func (im *Image) openUpper(c *backstore.Config, write bool) (err error) {
+	if c.Upper.Data == "" {
+		return nil
+	}
+	if im.lock, err = lockUpper(c.Upper.Data, write); err != nil {
+		return fmt.Errorf("open upper layer: %w", err)
+	}
+	upper, err := c.OpenUpper()
+	if err != nil {
+		return errors.Join(err, im.lock.Close())
+	}
+	im.setUpper(upper)
+	return nil
+}
+
+func (im *Image) setUpper(w *lsmt.Writable) {
+	im.readOnly = false
+	im.Image.Writable(w)
+}
+
+// lockUpper keeps two from writing to a layer, and from reading what another
+// one writes.
+func lockUpper(path string, write bool) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	how := unix.LOCK_SH
+	if write {
+		how = unix.LOCK_EX
+	}
+	err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errors.New("another process has it open: unmount the image there first")
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return f, nil
+}
+
+// fileSystems are those that the kernel may be told to mount: the name comes
+// from the image.
+var fileSystems = []string{"ext4", "ext3", "ext2", "xfs", "erofs", "btrfs", "squashfs"}
+
+// fsType is the file system that the layers say they are of.
+func fsType(layers []ocispec.Descriptor) (string, error) {
+	for _, l := range layers {
+		t := strings.ToLower(strings.TrimSpace(l.Annotations[annotationFSType]))
+		switch {
+		case t == "":
+		case slices.Contains(fileSystems, t):
+			return t, nil
+		default:
+			return "", fmt.Errorf("layer %s: file system %.40q: only %s are supported", l.Digest, t, strings.Join(fileSystems, ", "))
+		}
+	}
+	return "ext4", nil
+}
+
+// Verify reads every layer whole and checks every block, and every digest that
+// is known. What is missing of the image is downloaded.
+func (im *Image) Verify(ctx context.Context) error {
+	if err := im.Image.Verify(ctx); err != nil {
+		return fmt.Errorf("verify %s: %w", im.Ref, err)
+	}
+	for i, l := range im.Layers() {
+		if l.Digest == "" || l.Name == string(l.Digest) { // unknown; or a blob, which is checked
+			continue
+		}
+		if err := verifyFile(ctx, l.Name, l.Digest); err != nil {
+			return fmt.Errorf("verify %s: layer %d: %w", im.Ref, i, err)
+		}
+	}
+	return nil
+}
+
+func verifyFile(ctx context.Context, path string, want digest.Digest) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	v := want.Verifier()
+	for buf := make([]byte, 1<<20); ; {
+		n, err := f.Read(buf)
+		_, _ = v.Write(buf[:n])
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if !v.Verified() {
+		return fmt.Errorf("%s: its content is not %s", path, want)
+	}
+	return nil
+}
+
+// Close releases the image. Its device must have been closed. That its blobs
+// could not be written to the cache, on a full disk say, costs only the next
+// start and is no error.
+func (im *Image) Close() error {
+	im.trace.end()
+	err := im.Image.Close()
+	if err != nil && im.readOnly {
+		im.node.o.Log.Warn("the cache is not kept", "image", im.Ref, "err", err)
+		err = nil
+	}
+	if im.lock != nil {
+		_ = im.lock.Close()
+	}
+	return err
+}

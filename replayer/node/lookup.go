@@ -1,0 +1,149 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/reprise-project/reprise/tracefmt"
+	"github.com/reprise-project/reprise/tracefmt/artifact"
+)
+
+// lookup is a search for a trace that runs beside the opening of its image.
+type lookup struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+	trace  *tracefmt.Trace // nil if there is none
+	why    string          // why not, or where it is from
+	failed bool            // there is none, though one was named or is to be expected
+}
+
+// end gives the lookup up and waits for its end.
+func (l *lookup) end() {
+	l.cancel()
+	<-l.done
+}
+
+// hasFailed tells whether it ended with an error.
+func (l *lookup) hasFailed() bool {
+	select {
+	case <-l.done:
+		return l.failed
+	default:
+		return false
+	}
+}
+
+// startLookup begins to look for the trace that the options name. config is
+// closed when the image's config was read; nil if it has none.
+func (n *Node) startLookup(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) *lookup {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	l := &lookup{cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(l.done)
+		t, why, err := n.findTrace(ctx, im, o, config)
+		l.trace, l.why = t, why
+		if err != nil {
+			l.why, l.failed = err.Error(), true
+		}
+		if l.trace != nil {
+			im.phases.mark("trace found")
+		}
+	}()
+	return l
+}
+
+// findTrace returns the trace and where it is from, or nil and why there is
+// none; an error is the failure to read one.
+func (n *Node) findTrace(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
+	switch o.Trace {
+	case "", "none":
+		return nil, "no trace was asked for", nil
+	case "auto":
+		if config == nil || strings.HasPrefix(im.Ref, layoutScheme) {
+			return nil, "traces are looked for beside images at registries only; name a file with --trace", nil
+		}
+		ctx, cancel := context.WithTimeout(ctx, n.o.TraceWait)
+		defer cancel()
+		return n.findBeside(ctx, im, o, config)
+	}
+	if d, err := digest.Parse(o.Trace); err == nil {
+		t, err := n.pullDigest(ctx, im.Ref, d)
+		return t, "trace " + o.Trace, err
+	}
+	t, err := openTrace(o.Trace)
+	return t, "file " + o.Trace, err
+}
+
+// openTrace reads a trace file, but waits for no pipe.
+func openTrace(path string) (*tracefmt.Trace, error) {
+	fi, err := os.Stat(path)
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("trace %s: not a file", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return tracefmt.Open(path)
+}
+
+// findBeside asks the registry for the trace of the workload.
+func (n *Node) findBeside(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
+	<-config // the entrypoint is part of the workload's name
+	name := im.workload(o)
+	store, err := artifact.New(n.client, im.Ref)
+	if err != nil {
+		return nil, "", err
+	}
+	t, e, err := store.Auto(ctx, im.Manifest, name)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Sprintf("no trace of workload %s beside the image", name), nil
+	case errors.Is(err, context.DeadlineExceeded):
+		return nil, "", fmt.Errorf("the lookup of the trace took longer than %v", n.o.TraceWait)
+	case err != nil:
+		return nil, "", err
+	}
+	return t, fmt.Sprintf("trace %s of workload %s", e.Descriptor.Digest, e.Workload), nil
+}
+
+func (n *Node) pullDigest(ctx context.Context, ref string, d digest.Digest) (*tracefmt.Trace, error) {
+	store, err := artifact.New(n.client, ref)
+	if err != nil {
+		return nil, err
+	}
+	t, _, err := store.PullDigest(ctx, d)
+	return t, err
+}
+
+// workload names what is started: as asked, else from the command.
+func (im *Image) workload(o ImageOptions) string {
+	if o.Workload != "" {
+		return o.Workload
+	}
+	return artifact.DefaultWorkload(im.Command(o.Args))
+}
+
+// Command is the effective entrypoint and arguments.
+func (im *Image) Command(args []string) []string {
+	c := im.Config.Config
+	if len(args) == 0 {
+		args = c.Cmd
+	}
+	return append(append([]string(nil), c.Entrypoint...), args...)
+}
+
+// Trace waits for the lookup and returns the trace, nil if there is none, and
+// why or where from.
+func (im *Image) Trace(ctx context.Context) (*tracefmt.Trace, string) {
+	select {
+	case <-im.trace.done:
+		return im.trace.trace, im.trace.why
+	case <-ctx.Done():
+		return nil, "the container ended first"
+	}
+}

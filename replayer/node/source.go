@@ -1,0 +1,110 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/reprise-project/reprise/backstore"
+	"github.com/reprise-project/reprise/backstore/convert"
+	"github.com/reprise-project/reprise/backstore/lsmt"
+)
+
+// layoutScheme begins the name of an image in an OCI layout directory.
+const layoutScheme = "oci:"
+
+// A source is where a converted image comes from: a registry, or an OCI layout
+// directory, whose blobs are read in place.
+type source struct {
+	n  *Node
+	at convert.Location
+}
+
+func (n *Node) source(ref string) (*source, error) {
+	at, err := convert.At(ref, n.client)
+	return &source{n, at}, err
+}
+
+// manifest is what opening needs of a platform's image manifest.
+type manifest struct {
+	digest digest.Digest
+	config ocispec.Descriptor
+	layers []ocispec.Descriptor // acceleration layers left out
+}
+
+func (s *source) manifest(ctx context.Context) (*manifest, error) {
+	p := platforms.DefaultSpec()
+	d, raw, err := s.at.Manifest(ctx, *cmp.Or(s.n.platform, &p))
+	if err != nil {
+		return nil, err
+	}
+	m, err := parseManifest(raw)
+	if err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	m.digest = d.Digest
+	return m, nil
+}
+
+// parseManifest makes sure that the image's layers are in overlaybd format.
+func parseManifest(raw []byte) (*manifest, error) {
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return nil, err
+	}
+	out := &manifest{config: m.Config}
+	for i, l := range m.Layers {
+		if l.Annotations[annotationAccel] == "yes" {
+			continue
+		}
+		if l.Annotations[annotationDigest] == "" {
+			return nil, fmt.Errorf("layer %d (%s) is not in overlaybd format: convert the image first with 'reprise convert'", i, l.Digest)
+		}
+		out.layers = append(out.layers, l)
+	}
+	if len(out.layers) == 0 {
+		return nil, errors.New("the image has no layers")
+	}
+	if len(out.layers) > lsmt.MaxLayers {
+		return nil, fmt.Errorf("%d layers, at most %d are supported", len(out.layers), lsmt.MaxLayers)
+	}
+	return out, nil
+}
+
+// layers opens the blobs of remote layers, and names the files of others.
+func (s *source) layers(m *manifest) ([]backstore.LayerSource, error) {
+	sources := make([]backstore.LayerSource, 0, len(m.layers))
+	for i, d := range m.layers {
+		l, err := s.layer(d)
+		if err != nil {
+			for _, s := range sources {
+				if s.Blob != nil {
+					_ = s.Blob.Close()
+				}
+			}
+			return nil, fmt.Errorf("layer %d: %w", i, err)
+		}
+		sources = append(sources, l)
+	}
+	return sources, nil
+}
+
+func (s *source) layer(d ocispec.Descriptor) (l backstore.LayerSource, err error) {
+	l.Digest = d.Digest
+	path, origin, err := s.at.Lower(d)
+	if err != nil {
+		return l, err
+	}
+	if l.Path = path; path == "" {
+		l.Tail, _ = strconv.ParseInt(d.Annotations[backstore.AnnotationTail], 10, 64) // 0 where it is not told
+		l.Blob, err = s.n.cache.Blob(d.Digest, d.Size, origin)
+	}
+	return l, err
+}
