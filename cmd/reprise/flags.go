@@ -1,0 +1,213 @@
+package main
+
+import (
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/containerd/platforms"
+	"github.com/spf13/cobra"
+
+	"github.com/reprise-project/reprise/backstore"
+	"github.com/reprise-project/reprise/backstore/registry"
+	"github.com/reprise-project/reprise/recorder/container"
+	"github.com/reprise-project/reprise/replayer"
+	"github.com/reprise-project/reprise/replayer/node"
+)
+
+// nodeFlags are the flags of every command that opens the state directory.
+type nodeFlags struct {
+	root, transport, hostsDir, platform string
+	plainHTTP                           bool
+	cacheSize, chunkSize                int64
+	retryFor                            time.Duration
+}
+
+func (f *nodeFlags) add(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	fs.StringVar(&f.root, "root", node.DefaultRoot, "state directory")
+	fs.StringVar(&f.transport, "transport", "auto", "how the device reaches the kernel: auto or fuse")
+	fs.StringVar(&f.platform, "platform", "", "os/arch[/variant] of a multi-platform image (default: this machine's)")
+	fs.Int64Var(&f.cacheSize, "cache-size", backstore.DefaultCacheBytes, "bytes of image data kept on this node")
+	fs.Int64Var(&f.chunkSize, "chunk-size", backstore.DefaultChunkSize, "granularity of the chunk cache, bytes")
+	fs.DurationVar(&f.retryFor, "retry-for", time.Minute, "how long a read asks again for what the registry does not give")
+	f.addRegistry(cmd)
+}
+
+func (f *nodeFlags) addRegistry(cmd *cobra.Command) {
+	cmd.Flags().BoolVar(&f.plainHTTP, "plain-http", false, "talk http to the registry")
+	cmd.Flags().StringVar(&f.hostsDir, "hosts-dir", "", "containerd's hosts.toml directory (default /etc/containerd/certs.d)")
+}
+
+// check finds what is wrong with the flags themselves.
+func (f *nodeFlags) check(cmd *cobra.Command) error {
+	switch {
+	case f.transport != "auto" && f.transport != "fuse":
+		return usagef(cmd, "--transport %s: this version has auto and fuse", f.transport)
+	case f.root == "":
+		return usagef(cmd, "--root is empty")
+	case f.cacheSize < 1:
+		return usagef(cmd, "--cache-size %d: at least 1", f.cacheSize)
+	case f.chunkSize < 512 || f.chunkSize > 1<<20 || f.chunkSize&(f.chunkSize-1) != 0:
+		return usagef(cmd, "--chunk-size %d: a power of two from 512 to %d", f.chunkSize, 1<<20)
+	case f.retryFor < 1:
+		return usagef(cmd, "--retry-for %v: more than nothing", f.retryFor)
+	}
+	if f.platform != "" {
+		if _, err := platforms.Parse(f.platform); err != nil {
+			return usagef(cmd, "--platform: %v", err)
+		}
+	}
+	return nil
+}
+
+func (f *nodeFlags) registry() registry.Options {
+	return registry.Options{HostsDir: f.hostsDir, PlainHTTP: f.plainHTTP}
+}
+
+func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
+	if err := f.check(cmd); err != nil {
+		return nil, err
+	}
+	return node.Open(&node.Config{
+		Root: f.root, Registry: f.registry(), Platform: f.platform, Transport: f.transport,
+		Cache: backstore.CacheOptions{MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor},
+		Tool:  tool(), Log: logger(cmd),
+	})
+}
+
+func logger(cmd *cobra.Command) *slog.Logger {
+	return slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
+// traceFlags choose the trace that is replayed.
+type traceFlags struct {
+	trace, workload string
+	explain         bool
+	gap             int64
+}
+
+func (f *traceFlags) add(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	fs.StringVar(&f.trace, "trace", "auto", "trace to replay: auto (beside the image), none, a file, or sha256:…")
+	f.addWorkload(cmd)
+	fs.BoolVar(&f.explain, "explain", false, "say why a trace was used or not, and what it gave")
+	fs.Int64Var(&f.gap, "gap", replayer.DefaultGap, "bytes fetched along rather than sending another request; negative for none")
+}
+
+func (f *traceFlags) addWorkload(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.workload, "workload", "", "name of what is started (default: from the command)")
+}
+
+// check finds what is wrong with the flags themselves.
+func (f *traceFlags) check(cmd *cobra.Command) error {
+	if len(f.workload) > 128 || strings.ContainsFunc(f.workload, unicode.IsControl) {
+		return usagef(cmd, "--workload %.140q: a name has at most 128 bytes and no control characters", f.workload)
+	}
+	return nil
+}
+
+func (f *traceFlags) image(args []string) node.ImageOptions {
+	return node.ImageOptions{Trace: f.trace, Workload: f.workload, Args: args}
+}
+
+func (f *traceFlags) plan() replayer.Options { return replayer.Options{Gap: f.gap} }
+
+// containerFlags say how a container is run and when it is ready.
+type containerFlags struct {
+	net, entrypoint, log, http, user, cwd string
+	env, exec                             []string
+	port                                  int
+	exit                                  bool
+}
+
+func (f *containerFlags) add(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	fs.StringVar(&f.net, "net", "host", "network of the container: host, or own (a loopback device only)")
+	fs.StringVar(&f.entrypoint, "entrypoint", "", "replaces the image's entrypoint and command")
+	fs.StringArrayVarP(&f.env, "env", "e", nil, "KEY=VALUE for the container; may be given again")
+	fs.StringVar(&f.user, "user", "", "name|uid[:group|gid] instead of the image's")
+	fs.StringVar(&f.cwd, "workdir", "", "working directory instead of the image's")
+	fs.IntVar(&f.port, "ready-port", 0, "ready when the container listens on this TCP port")
+	fs.StringVar(&f.log, "ready-log", "", "ready when a line of output matches this regular expression")
+	fs.StringVar(&f.http, "ready-http", "", "ready when this URL answers 2xx or 3xx")
+	fs.StringArrayVar(&f.exec, "ready-exec", nil, "ready when this shell command succeeds in the container")
+	fs.BoolVar(&f.exit, "ready-exit", false, "ready when the container exits with 0")
+}
+
+func (f *containerFlags) config(cmd *cobra.Command) (container.Config, error) {
+	c := container.Config{
+		Env: f.env, User: f.user, Cwd: f.cwd, Network: container.Network(f.net),
+		Ready: container.Ready{Port: f.port, HTTP: f.http, Exit: f.exit},
+	}
+	if err := f.check(cmd); err != nil {
+		return c, err
+	}
+	if f.entrypoint != "" {
+		c.Entrypoint = []string{f.entrypoint}
+	}
+	if len(f.exec) > 0 {
+		c.Ready.Exec = []string{"/bin/sh", "-c", f.exec[0]}
+	}
+	if f.log != "" {
+		re, err := regexp.Compile(f.log)
+		if err != nil {
+			return c, usagef(cmd, "--ready-log: %v", err)
+		}
+		c.Ready.Log = re
+	}
+	return c, nil
+}
+
+// check finds what is wrong with the flags themselves.
+func (f *containerFlags) check(cmd *cobra.Command) error {
+	if f.net != "host" && f.net != "own" {
+		return usagef(cmd, "--net %s: neither host nor own", f.net)
+	}
+	if f.port < 0 || f.port > 65535 || f.port == 0 && cmd.Flags().Changed("ready-port") {
+		return usagef(cmd, "--ready-port %d: not a port", f.port)
+	}
+	if u, err := url.Parse(f.http); f.http != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
+		return usagef(cmd, "--ready-http %s: not a URL such as http://127.0.0.1:8080/", f.http)
+	}
+	for _, kv := range f.env {
+		if key, _, ok := strings.Cut(kv, "="); !ok || key == "" {
+			return usagef(cmd, "--env %s: not KEY=VALUE", kv)
+		}
+	}
+	rules := len(f.exec)
+	for _, set := range []bool{f.port != 0, f.log != "", f.http != "", f.exit} {
+		if set {
+			rules++
+		}
+	}
+	if rules > 1 {
+		return usagef(cmd, "give one --ready-… rule only")
+	}
+	return nil
+}
+
+// needRoot fails early, with a line that says why.
+func needRoot(what string) error {
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("%s needs root (CAP_SYS_ADMIN): it attaches a block device and mounts it; try sudo", what)
+	}
+	return nil
+}
+
+// refAndArgs splits "REF [-- CMD…]".
+func refAndArgs(cmd *cobra.Command, a []string) (ref string, rest []string, err error) {
+	dash := cmd.ArgsLenAtDash()
+	if len(a) == 0 || dash == 0 {
+		return "", nil, usagef(cmd, "an image reference is missing")
+	}
+	if dash < 0 && len(a) > 1 || dash > 1 {
+		return "", nil, usagef(cmd, "%q: put the container's command behind --", a[1])
+	}
+	return a[0], a[1:], nil
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// Wrong usage is status 2, says what is wrong and where to read more, and
+// happens before anything else: before the question of privilege, too.
+func TestUsage(t *testing.T) {
+	tests := []struct {
+		line string
+		says string
+	}{
+		{"frobnicate", `unknown command "frobnicate"`},
+		{"--frob", "unknown flag: --frob"},
+		{"blob", "a subcommand is missing"},
+		{"blob frob", `unknown command "frob"`},
+		{"blob info", "accepts 1 arg(s), received 0"},
+		{"blob info a b", "accepts 1 arg(s), received 2"},
+		{"blob info --frob a", "unknown flag: --frob"},
+		{"blob unpack a", "accepts 2 arg(s), received 1"},
+		{"blob verify", "accepts 1 arg(s)"},
+		{"image", "a subcommand is missing"},
+		{"image info", "accepts 1 arg(s)"},
+		{"image info x --chunk-size 3", "--chunk-size 3: a power of two"},
+		{"image info x --platform a/b/c/d/e", "--platform:"},
+		{"image dump x", "accepts 2 arg(s)"},
+		{"trace", "a subcommand is missing"},
+		{"trace show", "accepts 1 arg(s)"},
+		{"trace pull x", "accepts 2 arg(s)"},
+		{"attach x", "accepts 2 arg(s)"},
+		{"convert x", "accepts 2 arg(s)"},
+		{"convert a b --algo gzip", "--algo: "},
+		{"convert a b --block 5", "--block 5: one of 4, 8"},
+		{"convert a b --device-size 5", "--device-size 5"},
+		{"convert a b --level 99 --algo zstd", "--level 99"},
+		{"convert a b --platform /", "--platform:"},
+		{"mount x", "accepts 2 arg(s)"},
+		{"mount x y --transport carrier-pigeon", "--transport carrier-pigeon"},
+		{"mount x y --complete-rate -1", "cannot be negative"},
+		{"mount x y --root=", "--root is empty"},
+		{"umount", "accepts 1 arg(s)"},
+		{"umount x --root=", "--root is empty"},
+		{"run", "an image reference is missing"},
+		{"run -- /bin/true", "an image reference is missing"},
+		{"run x /bin/true", "put the container's command behind --"},
+		{"run x --net mars", "--net mars: neither host nor own"},
+		{"run x --ready-port 70000", "--ready-port 70000: not a port"},
+		{"run x --ready-port 0", "--ready-port 0: not a port"},
+		{"run x --ready-port eighty", "invalid argument"},
+		{"run x --ready-log (", "--ready-log: "},
+		{"run x --ready-http localhost", "--ready-http localhost: not a URL"},
+		{"run x --ready-port 80 --ready-exit", "give one --ready-… rule only"},
+		{"run x --ready-exec a --ready-exec b", "give one --ready-… rule only"},
+		{"run x --env NOVALUE", "--env NOVALUE: not KEY=VALUE"},
+		{"run x --cache-size 0", "--cache-size 0: at least 1"},
+		{"run x --retry-for 0s", "--retry-for 0s"},
+		{"run x --workload " + strings.Repeat("w", 200), "--workload "},
+		{"record x", "name a file for the trace with -o"},
+		{"record", "an image reference is missing"},
+		{"record x -o y --for never", "invalid argument"},
+		{"demo x", "unknown command"},
+		{"demo --link fast", "--link: "},
+		{"demo --runs 0", "--runs 0: at least 1"},
+		{"version x", "unknown command"},
+	}
+	b := newBench(t)
+	for _, tt := range tests {
+		t.Run(tt.line, func(t *testing.T) {
+			r := b.run(strings.Fields(tt.line)...)
+			require.Equal(t, exitUsage, r.code, r.stderr)
+			require.Contains(t, r.stderr, tt.says)
+			require.True(t, strings.HasPrefix(r.stderr, "reprise: "), r.stderr)
+			require.Contains(t, r.stderr, "--help'")
+			require.Empty(t, r.stdout)
+		})
+	}
+}
+
+func TestHelp(t *testing.T) {
+	b := newBench(t)
+	out := b.ok("--help")
+	for _, verb := range []string{"convert", "mount", "umount", "run", "record", "attach", "trace", "image", "blob", "demo", "version"} {
+		require.Contains(t, out, "\n  "+verb+" ")
+	}
+	require.NotContains(t, out, watchName)
+	require.Equal(t, out, b.ok())
+	require.Contains(t, b.ok("version"), "trace format 1")
+}
