@@ -131,7 +131,7 @@ func (b *Blob) startDemand(off, need int64) *flight {
 	end := max(need, off+b.runs.next(off, need, b.link.runLength()))
 	for _, s := range b.planned {
 		if s.off <= off && off < s.end { // pull the planned piece forward
-			end = max(need, min(s.end, off+maxRun))
+			end = max(need, min(s.end, off+maxPiece))
 		}
 	}
 	return b.start(off, b.clip(off, end), Demand)

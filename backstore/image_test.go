@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -304,6 +305,38 @@ func TestBadBlockIsFetchedAgain(t *testing.T) {
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(model.device, p))
 	require.Positive(t, im.Stats().Corrupt)
+}
+
+// What opening a layer reads is fetched again where it was bad, and does not
+// stay in the cache where it stays bad.
+func TestBadTailIsFetchedAgain(t *testing.T) {
+	model := newTestImage(t, 1, &zfile.Options{Algo: zfile.LZ4, Tar: true})
+	o := model.origins[0]
+	bad := math.MaxInt // so many requests
+	o.body = func(p []byte) io.Reader {
+		if bad > 0 {
+			bad--
+			p = bytes.Clone(p)
+			for i := range p {
+				p[i] = ^p[i]
+			}
+		}
+		return bytes.NewReader(p)
+	}
+	c := openTestCache(t, t.TempDir(), CacheOptions{})
+	b, err := c.Blob(digest.FromBytes(o.data), int64(len(o.data)), o)
+	require.NoError(t, err)
+	_, err = OpenImage(t.Context(), []LayerSource{{Blob: b}})
+	require.Error(t, err)
+	bad = 0
+	require.NoError(t, model.open(t, c).Close())
+
+	bad = 1
+	im := model.open(t, openTestCache(t, t.TempDir(), CacheOptions{}))
+	p := make([]byte, testDevice)
+	_, err = im.ReadAt(p, 0)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(model.device, p))
 }
 
 func TestBlockThatStaysBadIsAnError(t *testing.T) {

@@ -22,7 +22,7 @@ import (
 const (
 	tailBase  = 16 << 10
 	tailShare = 256
-	wholeBlob = 256 << 10
+	wholeBlob = 384 << 10
 )
 
 // A LayerSource is where a layer of an [Image] is read from: the file at Path,
@@ -108,13 +108,31 @@ func openLayer(ctx context.Context, s LayerSource) (*layer, error) {
 		l.file, l.info.Size, l.info.Name = f, fi.Size(), s.Path
 		at = f
 	}
-	if err := l.open(at); err != nil {
+	err := l.open(at)
+	if err != nil && s.Blob != nil {
+		err = l.reopen(ctx, s)
+	}
+	if err != nil {
 		if l.file != nil {
 			_ = l.file.Close()
 		}
 		return nil, fmt.Errorf("%s: %w", l.info.Name, err)
 	}
 	return l, nil
+}
+
+// reopen opens a remote layer with bytes that are fetched anew: those in the
+// cache were bad. They must not stay there for the next opening either.
+func (l *layer) reopen(ctx context.Context, s LayerSource) error {
+	s.Blob.Invalidate(0, s.Blob.size)
+	err := s.Blob.fetchTail(ctx, s.Tail)
+	if err == nil {
+		err = l.open(s.Blob)
+	}
+	if err != nil {
+		s.Blob.Invalidate(0, s.Blob.size)
+	}
+	return err
 }
 
 // open finds out what the blob is: a ZFile or a bare LSMT file, each with or

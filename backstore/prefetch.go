@@ -201,6 +201,9 @@ func (b *Blob) missing(off, end, gap int64) (span, bool) {
 		return span{}, false
 	}
 	limit := min(to, first+maxPiece/b.chunk)
+	if to-limit < maxPiece/2/b.chunk {
+		limit = to // rather than a short piece
+	}
 	stop := b.nextHeld(first, limit)
 	for stop < limit {
 		again := b.nextMissing(stop, limit)

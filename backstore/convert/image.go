@@ -182,6 +182,10 @@ func (im *image) layerDescriptor(d digest.Digest, size, tail int64, key string) 
 	return ocispec.Descriptor{MediaType: mt, Digest: d, Size: size, Annotations: annotations}
 }
 
+// maxInlineConfig is the size of a config, in bytes, up to which the manifest
+// carries it in its descriptor too.
+const maxInlineConfig = 16 << 10
+
 // A converted image, ready to be written.
 type converted struct {
 	configDesc, desc ocispec.Descriptor
@@ -200,7 +204,11 @@ func (im *image) converted(layers []ocispec.Descriptor) (c converted, err error)
 	}
 	c.configDesc = im.manifest.Config
 	c.configDesc.Digest, c.configDesc.Size, c.configDesc.Data = digest.FromBytes(c.config), int64(len(c.config)), nil
-	if im.raw["config"], err = json.Marshal(c.configDesc); err != nil {
+	inManifest := c.configDesc
+	if im.mediaType == ocispec.MediaTypeImageManifest && len(c.config) <= maxInlineConfig {
+		inManifest.Data = c.config // a start needs it at once: one request less
+	}
+	if im.raw["config"], err = json.Marshal(inManifest); err != nil {
 		return c, err
 	}
 	if c.manifest, err = withField(im.raw, "layers", layers); err != nil {

@@ -105,6 +105,11 @@ func cycle(f *os.File, size int64, dir string) error {
 
 // churn writes, syncs, reads and removes files.
 func churn(dir string) error {
+	root, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
 	for i := range 8 {
 		sub := filepath.Join(dir, fmt.Sprint(i%3))
 		name := filepath.Join(sub, "file")
@@ -114,7 +119,9 @@ func churn(dir string) error {
 		if err := os.WriteFile(name, make([]byte, 100_000*i), 0o600); err != nil {
 			return err
 		}
-		unix.Sync()
+		if err := unix.Syncfs(int(root.Fd())); err != nil {
+			return err
+		}
 		if _, err := os.ReadFile(name); err != nil {
 			return err
 		}

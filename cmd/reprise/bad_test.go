@@ -164,8 +164,8 @@ func TestRegistryIsPatient(t *testing.T) {
 func TestBadBlobs(t *testing.T) {
 	skipWithoutRunc(t)
 	for name, fault := range map[string]regtest.Fault{
-		"cut":   {Cut: true, CutAt: 1000},
-		"reset": {Reset: true, ResetAt: 1000},
+		"cut":   {Cut: true, CutAt: 10},
+		"reset": {Reset: true, ResetAt: 10},
 		"bytes": {Corrupt: true},
 		"other": {Status: 200, Body: "nothing like it"},
 	} {

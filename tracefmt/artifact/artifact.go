@@ -7,12 +7,12 @@
 // Annotations tell what `List` shows without reading traces. An image has
 // several traces, one for each workload; the image itself never changes.
 //
-// A trace is found in two ways, which are tried at the same time: it is a
-// referrer of its subject (Referrers API or fallback tag, which the registry
-// client asks together), and it has a tag of its own, [Tag], made of the
-// subject and a hash of the workload. The tag is one request, works at every
-// registry, and no concurrent attaching of another workload can lose it. Where
-// the two disagree the tag is right, because it is written last.
+// A trace is found in two ways: it has a tag of its own, [Tag], made of the
+// subject and a hash of the workload, and it is a referrer of its subject
+// (Referrers API or fallback tag, which the registry client asks together).
+// The tag is tried first: it is one request, works at every registry, and no
+// concurrent attaching of another workload can lose it. Where the two disagree
+// the tag is right, because it is written last.
 //
 // A [Store] is safe for concurrent use. It needs no closing; the client is its
 // caller's.
@@ -56,7 +56,7 @@ const (
 )
 
 const (
-	maxInline   = 4 << 10            // bytes of a trace carried in its descriptor
+	maxInline   = 16 << 10           // bytes of a trace carried in its descriptor
 	maxBlob     = registry.MaxObject // bytes of a compressed trace
 	maxWorkload = 128                // bytes of a name
 	maxEntries  = 1000               // traces of an image that are looked at

@@ -14,7 +14,7 @@ import (
 )
 
 // Pull reads the trace of a workload of an image. Without one the error is
-// os.ErrNotExist. A small trace costs one round trip.
+// os.ErrNotExist. A small trace costs one request.
 func (s *Store) Pull(ctx context.Context, subject digest.Digest, workload string) (*tracefmt.Trace, Entry, error) {
 	t, e, err := s.find(ctx, subject, workload, func(all []Entry) *Entry { return ofWorkload(all, workload) })
 	if err != nil {
@@ -24,8 +24,7 @@ func (s *Store) Pull(ctx context.Context, subject digest.Digest, workload string
 }
 
 // Auto reads the trace of a workload or else the one that is marked as the
-// default. Without either the error is os.ErrNotExist. It costs no more round
-// trips than Pull.
+// default. Without either the error is os.ErrNotExist.
 func (s *Store) Auto(ctx context.Context, subject digest.Digest, workload string) (*tracefmt.Trace, Entry, error) {
 	t, e, err := s.find(ctx, subject, workload, func(all []Entry) *Entry {
 		if own := ofWorkload(all, workload); own != nil {
@@ -72,8 +71,8 @@ func defaultOf(all []Entry) *Entry {
 	return best
 }
 
-// find asks for the workload's own tag and for the list at the same time. The
-// tag is taken if it is there, else what choose picks from the list.
+// find asks for the workload's own tag, which is one request where there is a
+// trace, and only without it for the list, from which choose picks.
 func (s *Store) find(ctx context.Context, subject digest.Digest, workload string, choose func([]Entry) *Entry) (*tracefmt.Trace, Entry, error) {
 	if err := subject.Validate(); err != nil {
 		return nil, Entry{}, err
@@ -81,30 +80,16 @@ func (s *Store) find(ctx context.Context, subject digest.Digest, workload string
 	if err := checkWorkload(workload); err != nil {
 		return nil, Entry{}, err
 	}
-	var (
-		listed  = make(chan struct{})
-		all     []Entry
-		listErr error
-	)
-	lctx, cancel := context.WithCancel(ctx)
-	defer func() {
-		cancel()
-		<-listed
-	}()
-	go func() {
-		defer close(listed)
-		all, listErr = s.list(lctx, subject)
-	}()
 	t, e, tagErr := s.byTag(ctx, subject, workload)
 	if tagErr == nil {
 		return t, e, nil
 	}
-	<-listed
+	all, err := s.list(ctx, subject)
 	if best := choose(latest(all)); best != nil {
 		return s.readListed(ctx, subject, best)
 	}
-	if listErr != nil {
-		return nil, Entry{}, listErr
+	if err != nil {
+		return nil, Entry{}, err
 	}
 	return nil, Entry{}, tagErr
 }

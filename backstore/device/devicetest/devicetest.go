@@ -10,6 +10,7 @@ package devicetest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -91,13 +92,29 @@ func (s *suite) open(t *testing.T, b device.Backend, size int64, o *device.Optio
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := d.Close(); err != nil {
-			t.Error(err)
-		}
+		closeUnmounted(t, d)
 		wait(t, d.Done(), "the server to end")
 		CheckGone(t, opts.Name)
 	})
 	return d
+}
+
+// closeUnmounted closes a device that is mounted nowhere in sight. A container
+// that some other process started while it was mounted may hold a copy of the
+// mount in its own namespace, until it ends.
+func closeUnmounted(t *testing.T, d Device) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); ; {
+		err := d.Close()
+		var busy *device.BusyError
+		if errors.As(err, &busy) && len(busy.Mounts) == 0 && time.Now().Before(deadline) {
+			continue // Close has waited
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		return
+	}
 }
 
 // patience is how long a test waits for what must happen; a machine that is

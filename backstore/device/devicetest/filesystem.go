@@ -65,9 +65,7 @@ func (s *suite) testFileSystem(t *testing.T) {
 			expectBusy(t, d, dir)
 			unmount()
 			Tool(t, "e2fsck", "-fn", d.Path())
-			if err := d.Close(); err != nil {
-				t.Fatal(err)
-			}
+			closeUnmounted(t, d)
 			again := s.open(t, b, size, &device.Options{SectorSize: sector, ReadOnly: true})
 			dir, _ = mountAt(t, again.Path(), true, "")
 			for name, want := range files {

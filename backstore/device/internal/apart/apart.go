@@ -31,7 +31,7 @@ func Run(f func() error, fds ...int) error {
 }
 
 // Take is Run that closes fds in the process's own table before it calls f, so
-// that the close after f is the last.
+// that the close after f is the last. It closes them also if it fails.
 func Take(f func() error, fds ...int) error {
 	return run(f, fds, func() { closeAll(fds) })
 }
@@ -50,10 +50,10 @@ func run(f func() error, fds []int, left func()) error {
 		done <- err
 	})
 	err := <-ready
+	left()
 	if err != nil {
 		return err
 	}
-	left()
 	close(proceed)
 	return <-done
 }
