@@ -68,6 +68,7 @@ var heavy = map[string][]string{
 	"oras.land/oras-go/v2":                             {"tracefmt/artifact"},
 	"oras.land/oras-go/v2/registry/remote/credentials": {"backstore/registry"},
 	"github.com/spf13/cobra":                           {"cmd/reprise"},
+	"github.com/spf13/pflag":                           {"cmd/reprise"},
 	"github.com/vbauerster/mpb":                        {"cmd/reprise"},
 	"golang.org/x/term":                                {"cmd/reprise"},
 	"github.com/stretchr/testify":                      {"backstore/device/devicetest"},

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -326,14 +327,17 @@ func TestSignals(t *testing.T) {
 func TestReady(t *testing.T) {
 	probe(t)
 	lower := makeRoot(t)
-	freePort := func(t *testing.T, network Network) string { // a free port
+	freePort := func(t *testing.T, network Network) string {
 		if network == OwnNetwork {
 			return "8080"
 		}
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		require.NoError(t, err)
-		defer l.Close()
-		return strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+		for { // below those that the kernel gives to other tests
+			port := strconv.Itoa(20000 + rand.IntN(12000))
+			if l, err := net.Listen("tcp", ":"+port); err == nil {
+				require.NoError(t, l.Close())
+				return port
+			}
+		}
 	}
 	for _, network := range []Network{OwnNetwork, HostNetwork} {
 		t.Run(string(network), func(t *testing.T) {
