@@ -30,7 +30,7 @@ first start, attach the trace, and compare cold starts: lazy (no trace), replay
 			if o.Runs < 1 {
 				return usagef(cmd, "--runs %d: at least 1", o.Runs)
 			}
-			if err := needRoot("demo"); err != nil {
+			if err := needRoot("demo", "to attach block devices and start containers"); err != nil {
 				return err
 			}
 			p := newProgress(cmd.ErrOrStderr())

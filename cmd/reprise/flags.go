@@ -193,9 +193,9 @@ func (f *containerFlags) check(cmd *cobra.Command) error {
 }
 
 // needRoot fails early, with a line that says why.
-func needRoot(what string) error {
+func needRoot(what, why string) error {
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("%s needs root (CAP_SYS_ADMIN): it attaches a block device and mounts it; try sudo", what)
+		return fmt.Errorf("%s needs root (CAP_SYS_ADMIN) %s; try sudo", what, why)
 	}
 	return nil
 }

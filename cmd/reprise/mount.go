@@ -49,7 +49,7 @@ config.v1.json.`,
 			if err := f.check(cmd); err != nil {
 				return err
 			}
-			if err := needRoot("mount"); err != nil {
+			if err := needRoot("mount", "to attach a block device and mount it"); err != nil {
 				return err
 			}
 			if f.foreground {
@@ -233,7 +233,7 @@ func newUmount() *cobra.Command {
 			if root == "" {
 				return usagef(cmd, "--root is empty")
 			}
-			if err := needRoot("umount"); err != nil {
+			if err := needRoot("umount", "to unmount"); err != nil {
 				return err
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), 30*time.Second)

@@ -50,7 +50,7 @@ the command is interrupted.`,
 			if err := cmp.Or(nf.check(cmd), tf.check(cmd)); err != nil {
 				return err
 			}
-			if err := needRoot("record"); err != nil {
+			if err := needRoot("record", "to attach a block device and start a container"); err != nil {
 				return err
 			}
 			n, err := nf.open(cmd)

@@ -38,7 +38,7 @@ func newRun() *cobra.Command {
 			if err := cmp.Or(nf.check(cmd), tf.check(cmd)); err != nil {
 				return err
 			}
-			if err := needRoot("run"); err != nil {
+			if err := needRoot("run", "to attach a block device and start a container"); err != nil {
 				return err
 			}
 			n, err := nf.open(cmd)

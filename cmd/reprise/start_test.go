@@ -186,7 +186,9 @@ func (b *bench) traces(s *site) {
 		require.Equal(t, s.ref, shown["header"].(map[string]any)["image"])
 		require.Contains(t, b.ok("trace", "show", f), "ready after")
 	}
-	require.Contains(t, b.ok("trace", "pull", s.ref, "-", "--workload", list[0].Workload), "")
+	p, err := os.ReadFile(pulled)
+	require.NoError(t, err)
+	require.Equal(t, string(p), b.ok("trace", "pull", s.ref, "-", "--workload", list[0].Workload))
 
 	// The attached one, one from a file, and one by its digest.
 	for _, trace := range []string{"auto", file, string(list[0].Digest)} {

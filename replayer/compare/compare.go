@@ -18,6 +18,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/reprise-project/reprise/backstore/registry/regtest"
 )
 
@@ -131,7 +133,7 @@ func (c *comparison) start(ctx context.Context, m Mode) (start, error) {
 	if m != Warm {
 		defer os.RemoveAll(root)
 	}
-	if err := dropCaches(); err != nil {
+	if err := dropCaches(c.dir); err != nil {
 		return start{}, err
 	}
 	if m != Warm {
@@ -183,15 +185,19 @@ func proveCold(root string) error {
 	return nil
 }
 
-// dropCaches drops the page cache, dentries and inodes of the machine.
-func dropCaches() error {
-	f, err := os.OpenFile("/proc/sys/vm/drop_caches", os.O_WRONLY, 0)
+// dropCaches drops the page cache, dentries and inodes of the machine. What is
+// dirty on the file system of dir is written first; other file systems are left
+// alone, one that hangs would hang this.
+func dropCaches(dir string) error {
+	d, err := os.Open(dir)
 	if err != nil {
-		return fmt.Errorf("drop the page cache: %w", err)
+		return err
 	}
-	defer f.Close()
-	syncAll()
-	if _, err := f.WriteString("3"); err != nil {
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
+	}
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 		return fmt.Errorf("drop the page cache: %w", err)
 	}
 	return nil

@@ -144,5 +144,3 @@ func (c *comparison) fillRoot(ctx context.Context, root string) error {
 	err = im.Complete(ctx, nil)
 	return errors.Join(err, im.Close(), n.Close())
 }
-
-func syncAll() { unix.Sync() }
