@@ -742,3 +742,46 @@ func BenchmarkListeners(b *testing.B) {
 		})
 	}
 }
+
+// A container does not keep the device of an image busy that is unmounted
+// while it runs.
+func TestForeignImageIsLetGo(t *testing.T) {
+	probe(t)
+	for _, tool := range []string{"mkfs.ext4", "losetup", "mount"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs %s: %v", tool, err)
+		}
+	}
+	command := func(name string, args ...string) string {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		require.NoError(t, err, "%s: %s", name, out)
+		return strings.TrimSpace(string(out))
+	}
+	dir := t.TempDir()
+	file, mnt := filepath.Join(dir, "file"), filepath.Join(dir, "mnt")
+	require.NoError(t, os.Mkdir(mnt, 0o755))
+	command("truncate", "-s", "4M", file)
+	command("mkfs.ext4", "-q", "-F", file)
+	dev := command("losetup", "--find", "--show", file)
+	detached := false
+	t.Cleanup(func() {
+		_ = unix.Unmount(mnt, unix.MNT_DETACH)
+		if !detached {
+			_ = exec.Command("losetup", "--detach", dev).Run()
+		}
+	})
+	command("mount", dev, mnt)
+	require.NoError(t, os.Remove(file)) // as a server's file, it is in no directory
+
+	cfg := baseConfig(makeRoot(t), "trap", "TERM", "0")
+	cfg.Ready.Log = regexp.MustCompile("^trapping$")
+	c := start(t, cfg, nil)
+	_, err := c.WaitReady(testContext(t))
+	require.NoError(t, err)
+	require.NoError(t, unix.Unmount(mnt, 0))
+	f, err := os.OpenFile(dev, os.O_RDONLY|unix.O_EXCL, 0) // fails while it is mounted anywhere
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	command("losetup", "--detach", dev)
+	detached = true
+}

@@ -47,7 +47,39 @@ func privateMounts() error {
 			return err
 		}
 	}
+	if err := dropImages(); err != nil {
+		return err
+	}
 	return freezeCgroups()
+}
+
+// dropImages lets go of the mounts of other images, of which this namespace has
+// copies: where the machine's mounts do not propagate, as without systemd, they
+// would keep those images' devices busy for as long as this container runs.
+func dropImages() error {
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !served(m.Source), false })
+	if err != nil {
+		return fmt.Errorf("list mounts: %w", err)
+	}
+	for _, m := range mounts {
+		_ = unix.Unmount(m.Mountpoint, unix.MNT_DETACH) // or it went by itself
+	}
+	return nil
+}
+
+// served tells whether a mount's source is a loop device over a file that a
+// server shows in no directory, and so under a path that does not exist.
+func served(source string) bool {
+	name, ok := strings.CutPrefix(source, "/dev/loop")
+	if !ok {
+		return false
+	}
+	file, err := os.ReadFile("/sys/block/loop" + name + "/loop/backing_file")
+	if err != nil {
+		return false
+	}
+	_, err = os.Stat(strings.TrimSuffix(string(file), "\n"))
+	return errors.Is(err, os.ErrNotExist)
 }
 
 // freezeCgroups makes the cgroup hierarchies read-only in this mount namespace,
