@@ -80,7 +80,11 @@ func workload(args []string) int {
 			return 3
 		}
 		fmt.Println(l.Addr())
-		select {}
+		for { // not select {}: the runtime would see a deadlock
+			if c, err := l.Accept(); err == nil {
+				c.Close()
+			}
+		}
 	case "http": // ADDRESS: 503 twice, then 200
 		var n atomic.Int32
 		err := http.ListenAndServe(args[1], http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -104,7 +108,9 @@ func workload(args []string) int {
 	case "deaf":
 		signal.Ignore(unix.SIGTERM)
 		fmt.Println("deaf")
-		select {}
+		for { // not select {}: the runtime would see a deadlock
+			time.Sleep(time.Hour)
+		}
 	}
 	return 3
 }
@@ -126,7 +132,9 @@ func program(lower string) int {
 		return 1
 	}
 	fmt.Println("started", stage.Pid(), c.Pid())
-	select {}
+	for {
+		time.Sleep(time.Hour)
+	}
 }
 
 // probe skips a test that this machine or user cannot run.
