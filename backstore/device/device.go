@@ -67,9 +67,10 @@ type Syncer interface {
 
 // Device is an attached block device.
 type Device struct {
-	loop    *loop.Device
-	session *fuse.Session
-	timeout time.Duration
+	loop      *loop.Device
+	session   *fuse.Session
+	namespace int // see lowFDs
+	timeout   time.Duration
 
 	mu     sync.Mutex // serializes Close; guards closed, err
 	closed bool
@@ -95,7 +96,7 @@ func attach(ctx context.Context, b Backend, size int64, o *Options) (*Device, er
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	low, err := reserveFD()
+	low, err := openLowFDs()
 	if err != nil {
 		return nil, err
 	}
@@ -105,32 +106,53 @@ func attach(ctx context.Context, b Backend, size int64, o *Options) (*Device, er
 		BlockSize: o.SectorSize,
 		ReadOnly:  o.ReadOnly,
 		Workers:   o.MaxInFlight,
-		MinFD:     low + 1,
+		MinFD:     max(low.loop, low.namespace) + 1,
 		OnError:   o.onError(),
 	})
 	if err != nil {
-		unix.Close(low)
+		low.close()
 		return nil, err
 	}
-	l, err := attachLoop(ctx, s, low, o)
+	l, err := attachLoop(ctx, s, low.loop, o)
 	if err != nil {
-		unix.Close(low)
-		return nil, errors.Join(err, s.Close(o.CloseTimeout))
+		err = errors.Join(err, s.Close(o.CloseTimeout))
+		low.close()
+		return nil, err
 	}
-	return &Device{loop: l, session: s, timeout: o.CloseTimeout}, nil
+	return &Device{loop: l, session: s, namespace: low.namespace, timeout: o.CloseTimeout}, nil
 }
 
-// reserveFD takes a descriptor number for the loop device, below that of
-// /dev/fuse. A dying process releases its files from the highest number down,
-// and releasing the loop device writes its dirty pages back and waits for
-// them: they can only fail once /dev/fuse is gone. The other way round the
-// process would wait for itself, and nothing could kill it.
-func reserveFD() (int, error) {
-	fd, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// lowFDs are descriptors with numbers below that of /dev/fuse. A dying process
+// releases its files from the highest number down, and what these hold waits
+// for I/O to the device when it is released, which can only fail once /dev/fuse
+// is gone. The other way round the process would wait for itself, and nothing
+// could kill it.
+type lowFDs struct {
+	// loop is to be the loop device, which writes its dirty pages back. Until
+	// then it is a placeholder.
+	loop int
+	// namespace is the process's mount namespace. If that ends with the process
+	// it unmounts what is mounted on the device. Without this descriptor it
+	// would end before any file is released.
+	namespace int
+}
+
+func openLowFDs() (lowFDs, error) {
+	ns, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("open /dev/null: %w", err)
+		return lowFDs{}, fmt.Errorf("open /proc/self/ns/mnt: %w", err)
 	}
-	return fd, nil
+	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		unix.Close(ns)
+		return lowFDs{}, fmt.Errorf("open /dev/null: %w", err)
+	}
+	return lowFDs{loop: null, namespace: ns}, nil
+}
+
+func (l lowFDs) close() {
+	unix.Close(l.loop)
+	unix.Close(l.namespace)
 }
 
 func attachLoop(ctx context.Context, s *fuse.Session, fd int, o *Options) (*loop.Device, error) {
@@ -221,6 +243,7 @@ func (d *Device) shut(claim int) error {
 		endErr = d.session.Close(0)
 		detachErr = <-detached
 	}
+	unix.Close(d.namespace)
 	if d.session.Err() != nil { // it had ended before: that is what Err tells
 		return nil
 	}

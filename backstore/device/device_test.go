@@ -79,6 +79,10 @@ func serveUntilKilled(file string) error {
 
 // cycle prints a line before each step.
 func cycle(f *os.File, size int64, dir string) error {
+	go func() {
+		io.Copy(io.Discard, os.Stdin) // until the parent dies
+		os.Exit(1)
+	}()
 	for {
 		fmt.Println("attach")
 		d, err := device.Attach(context.Background(), f, size, &device.Options{Name: childName})
