@@ -3,6 +3,7 @@ package device_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -18,8 +19,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/backstore/device"
 	"github.com/reprise-project/reprise/backstore/device/devicetest"
+	"github.com/reprise-project/reprise/backstore/lsmt"
+	"github.com/reprise-project/reprise/zfile"
 )
 
 // The settings of BenchmarkFio, from the environment.
@@ -50,6 +54,7 @@ var contenders = []contender{
 	{"fuse+loop, raw file", func(b *testing.B, file string) string { return attachFile(b, file, 0) }},
 	{"fuse+loop, raw file O_DIRECT", func(b *testing.B, file string) string { return attachFile(b, file, unix.O_DIRECT) }},
 	{"fuse+loop, memory", func(b *testing.B, _ string) string { return attachBench(b, filledMemory()) }},
+	{"fuse+loop, lz4 layers", func(b *testing.B, file string) string { return attachBench(b, lz4Image(b, filepath.Dir(file))) }},
 }
 
 // job is a fio job.
@@ -76,6 +81,61 @@ func filledMemory() memory {
 	m := make(memory, benchSize)
 	devicetest.Fill(rand.New(rand.NewPCG(3, 4)), m)
 	return m
+}
+
+// lz4Image is an image of two local layers of lz4 blocks of 4 KiB. Their
+// content compresses to about a half, as programs do.
+func lz4Image(b *testing.B, dir string) *backstore.Image {
+	b.Helper()
+	r := rand.New(rand.NewPCG(5, 6))
+	content := make([]byte, benchSize)
+	devicetest.Fill(r, content)
+	for i := range content {
+		if i%64 >= 28 {
+			content[i] = byte(i % 7)
+		}
+	}
+	var sources []backstore.LayerSource
+	for _, part := range [][2]int64{{0, benchSize}, {benchSize / 4, benchSize / 2}} {
+		sources = append(sources, backstore.LayerSource{Path: lz4Layer(b, dir, content, part[0], part[1])})
+	}
+	im, err := backstore.OpenImage(context.Background(), sources)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { im.Close() })
+	return im
+}
+
+// lz4Layer writes the range [from, to) of a device as a layer.
+func lz4Layer(b *testing.B, dir string, content []byte, from, to int64) string {
+	b.Helper()
+	var files [2]*os.File
+	for i := range files {
+		f, err := os.CreateTemp(dir, "reprise-bench-")
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Cleanup(func() { os.Remove(f.Name()) })
+		files[i] = f
+	}
+	w, err := lsmt.CreateSparse(files[0], &lsmt.WritableOptions{VirtualSize: benchSize})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer w.Close()
+	if _, err := w.WriteAt(content[from:to], from); err != nil {
+		b.Fatal(err)
+	}
+	z, err := zfile.NewWriter(files[1], nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	err = w.Commit(context.Background(), z, lsmt.CommitOptions{})
+	if err := errors.Join(err, z.Close(), files[1].Close(), os.Truncate(files[0].Name(), 0)); err != nil {
+		b.Fatal(err)
+	}
+	return files[1].Name()
 }
 
 // sample is what one run of fio gave.
