@@ -39,7 +39,7 @@ type Blob struct {
 
 	ctx    context.Context
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // flights and checks
+	wg     sync.WaitGroup // flights, checks and holds
 
 	present bitset // readable chunks
 	ahead   bitset // of these, fetched by background lanes in this process
@@ -246,6 +246,17 @@ func (b *Blob) inFlight(off, end int64) bool {
 		}
 	}
 	return false
+}
+
+// hold keeps the files open until b.wg is done once more; not if b is being
+// closed.
+func (b *Blob) hold() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.closed {
+		b.wg.Add(1)
+	}
+	return !b.closed
 }
 
 // flush writes presence down, if it changed, after the data. What other

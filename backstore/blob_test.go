@@ -252,6 +252,20 @@ func TestCloseEndsWaitingReads(t *testing.T) {
 	require.NoError(t, <-closed)
 }
 
+// Presence is written down now and then while blobs come and go. The race
+// detector sees if one of them is closed under that.
+func TestFlushMeetsClose(t *testing.T) {
+	o := &origin{data: testData(64 << 10)}
+	c := openTestCache(t, t.TempDir(), CacheOptions{FlushEvery: time.Microsecond})
+	for i := range 200 {
+		b, err := c.Blob(digest.FromBytes([]byte{byte(i)}), int64(len(o.data)), o)
+		require.NoError(t, err)
+		_, err = b.ReadAt(make([]byte, 4096), 0)
+		require.NoError(t, err)
+		require.NoError(t, b.Close())
+	}
+}
+
 func TestEvictionKeepsTheBound(t *testing.T) {
 	o := &origin{data: testData(8 << 20)}
 	c := openTestCache(t, t.TempDir(), CacheOptions{MaxBytes: 3 << 20, FlushEvery: time.Hour})

@@ -206,9 +206,13 @@ func (c *Cache) maintain() {
 		case <-t.C:
 		}
 		for _, b := range c.openBlobs() {
+			if !b.hold() {
+				continue
+			}
 			if err := b.flush(); err != nil {
 				c.o.Log.Warn("cache: write presence map", "blob", b.digest, "err", err)
 			}
+			b.wg.Done()
 		}
 		if err := c.trim(); err != nil {
 			c.o.Log.Warn("cache: keep the size bound", "dir", c.dir, "err", err)

@@ -365,7 +365,8 @@ func TestBadBlobFiles(t *testing.T) {
 		require.NoFileExists(t, b.path("out"))
 	}
 	b.fails(exitFailed, []string{"blob", "info", b.path("missing")}, "missing: no such file")
-	b.fails(exitFailed, []string{"blob", "info", b.dir}, "is a directory")
+	b.fails(exitFailed, []string{"blob", "info", b.dir}, "is not a file")
+	b.fails(exitFailed, []string{"blob", "info", "/dev/zero"}, "is not a file")
 	good := vectors(t, "ext4-64m/layer0.overlaybd.commit")
 	b.fails(exitFailed, []string{"blob", "unpack", good, b.path("exists")}, "exists: name a new file")
 	b.fails(exitFailed, []string{"image", "dump", vectors(t, "ext4-64m/config.v1.json"), b.path("exists")}, "exists: name a new file")

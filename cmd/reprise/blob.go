@@ -28,6 +28,13 @@ type blob struct {
 }
 
 func openBlob(path string) (*blob, error) {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !fi.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: is not a file", path)
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -44,9 +51,6 @@ func (b *blob) open() error {
 	fi, err := b.f.Stat()
 	if err != nil {
 		return err
-	}
-	if fi.IsDir() {
-		return errors.New("is a directory, not a blob")
 	}
 	b.size = fi.Size()
 	isZ, err := zfile.IsZFile(b.f, b.size)

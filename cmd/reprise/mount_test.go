@@ -3,14 +3,19 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore/registry/regtest"
 )
 
 // server is the process that serves a mount of the test.
@@ -189,6 +194,101 @@ func TestMountSignals(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, f.Close())
 	b.settled()
+}
+
+// held has the registry answer nothing to the requests that match, and tells of
+// the first of them.
+func (s *site) held(match func(*http.Request) bool) (asked <-chan struct{}) {
+	ch := make(chan struct{})
+	var once sync.Once
+	s.SetFault(func(r *http.Request) *regtest.Fault {
+		if !match(r) {
+			return nil
+		}
+		once.Do(func() { close(ch) })
+		return &regtest.Fault{Stall: time.Hour}
+	})
+	return ch
+}
+
+// TestMountIsNotCompleted: the command is interrupted, or its server killed,
+// while the registry keeps it waiting, before and in the middle of mounting.
+func TestMountIsNotCompleted(t *testing.T) {
+	skipUnprivileged(t)
+	b := newBench(t)
+	s := b.smallSite("0s,unlimited")
+	base := b.layers(s.ref)[0]
+	manifest := func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/manifests/") }
+	// The file system's superblock is in front; the tail is what opening reads.
+	superblock := func(r *http.Request) bool {
+		return strings.Contains(r.URL.Path, base) && strings.HasPrefix(r.Header.Get("Range"), "bytes=4096-")
+	}
+	parent := func(cmd *exec.Cmd) int { return cmd.Process.Pid }
+	server := func(cmd *exec.Cmd) int {
+		for _, pid := range b.processes() {
+			if strings.Contains(cmdline(pid), " mount --foreground ") {
+				return pid
+			}
+		}
+		t.Fatal("no server")
+		return 0
+	}
+	tests := map[string]struct {
+		waits func(*http.Request) bool
+		whom  func(*exec.Cmd) int
+		sig   unix.Signal
+		says  string
+	}{
+		"interrupted at the manifest":     {manifest, parent, unix.SIGINT, "signal received"},
+		"interrupted at the superblock":   {superblock, parent, unix.SIGINT, "signal received"},
+		"server killed at the manifest":   {manifest, server, unix.SIGKILL, "signal: killed"},
+		"server killed at the superblock": {superblock, server, unix.SIGKILL, "signal: killed"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			asked := s.held(tt.waits)
+			defer s.SetFault(nil)
+			var errs strings.Builder
+			cmd := b.command("mount", s.ref, b.mkdir("mnt"))
+			cmd.Stderr = &errs
+			require.NoError(t, cmd.Start())
+			select {
+			case <-asked:
+			case <-time.After(patience):
+				t.Error("it asks for nothing")
+			}
+			require.NoError(t, unix.Kill(tt.whom(cmd), tt.sig))
+			_ = cmd.Wait()
+			b.complains(result{cmd.ProcessState.ExitCode(), "", errs.String()}, exitFailed, cmd.Args, tt.says)
+			require.Empty(t, b.files("state/mounts"))
+		})
+	}
+}
+
+// TestRunIsNotCompleted: the same of a start.
+func TestRunIsNotCompleted(t *testing.T) {
+	skipWithoutRunc(t)
+	b := newBench(t)
+	s := b.smallSite("0s,unlimited")
+	base := b.layers(s.ref)[0]
+	for _, part := range []string{"/manifests/", base} {
+		asked := s.held(func(r *http.Request) bool {
+			return strings.Contains(r.URL.Path, part) && (part != base || strings.HasPrefix(r.Header.Get("Range"), "bytes=4096-"))
+		})
+		var errs strings.Builder
+		cmd := b.command("run", s.ref)
+		cmd.Stderr = &errs
+		require.NoError(t, cmd.Start())
+		select {
+		case <-asked:
+		case <-time.After(patience):
+			t.Error("it asks for nothing")
+		}
+		require.NoError(t, cmd.Process.Signal(unix.SIGINT))
+		_ = cmd.Wait()
+		b.complains(result{cmd.ProcessState.ExitCode(), "", errs.String()}, exitFailed, cmd.Args, "signal received")
+		s.SetFault(nil)
+	}
 }
 
 // TestMountTwice: the same image at two places, and under two containers, all

@@ -47,6 +47,9 @@ func (im *Image) logFailures() func(error) {
 	return func(err error) {
 		mu.Lock()
 		defer mu.Unlock()
+		if im.failing.Load() {
+			return
+		}
 		if time.Since(last) < failureEvery {
 			more++
 			return

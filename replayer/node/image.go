@@ -10,6 +10,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -38,8 +39,9 @@ type Image struct {
 	node     *Node
 	phases   *Phases
 	trace    *lookup
-	readOnly bool     // it has no upper layer
-	lock     *os.File // on the upper layer that its config names
+	readOnly bool        // it has no upper layer
+	lock     *os.File    // on the upper layer that its config names
+	failing  atomic.Bool // reads are made to fail
 }
 
 // ImageOptions are the settings of [Node.OpenImage].
@@ -191,7 +193,7 @@ func (im *Image) setUpper(w *lsmt.Writable) {
 // lockUpper keeps two from writing to a layer, and from reading what another
 // one writes.
 func lockUpper(path string, write bool) (*os.File, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe is not waited for
 	if err != nil {
 		return nil, err
 	}
@@ -270,6 +272,19 @@ func verifyFile(ctx context.Context, path string, want digest.Digest) error {
 		return fmt.Errorf("%s: its content is not %s", path, want)
 	}
 	return nil
+}
+
+// failWith makes reads fail once ctx ends, until stop is called: mounting cannot
+// be interrupted while it waits for them.
+func (im *Image) failWith(ctx context.Context) (stop func()) {
+	cancel := context.AfterFunc(ctx, im.fail)
+	return func() { cancel() }
+}
+
+// fail makes all reads fail from now on. The image still has to be closed.
+func (im *Image) fail() {
+	im.failing.Store(true)
+	_ = im.Image.Close()
 }
 
 // Close releases the image. Its device must have been closed. That its blobs

@@ -105,7 +105,12 @@ func (m *Mount) mount(ctx context.Context, n *Node, o *MountOptions) (err error)
 	if err := m.state.write(m.State); err != nil {
 		return err
 	}
-	return device.Mount(m.dev.Path(), m.State.Dir, m.Image.FSType, !o.Writable, "")
+	defer m.Image.failWith(ctx)()
+	err = device.Mount(m.dev.Path(), m.State.Dir, m.Image.FSType, !o.Writable, "")
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return err
 }
 
 // addUpper gives the image a layer to write to.

@@ -40,6 +40,10 @@ type hooks struct {
 	end   <-chan struct{}    // ends the container when closed
 }
 
+// lastReads is how long the reads of a container that has ended, or is killed,
+// may still take.
+const lastReads = time.Second
+
 // Report is what one start did.
 type Report struct {
 	Image    string          `json:"image"`
@@ -81,6 +85,7 @@ type run struct {
 	report *Report
 	replay chan replayer.Result
 	stop   context.CancelFunc // of the replay
+	ended  sync.Once          // likewise
 }
 
 func (r *run) run(ctx context.Context, ref string) (err error) {
@@ -113,7 +118,13 @@ func (r *run) run(ctx context.Context, ref string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
-	defer func() { err = errors.Join(err, stage.Close()) }()
+	defer func() {
+		// Nobody wants bytes any more, but unmounting waits for those under way.
+		r.endReplay()
+		fail := time.AfterFunc(lastReads, r.im.fail)
+		err = errors.Join(err, stage.Close())
+		fail.Stop()
+	}()
 	return r.contain(ctx, stage, dev, state.path)
 }
 
@@ -123,7 +134,9 @@ func (r *run) contain(ctx context.Context, stage *container.Stage, dev *device.D
 	cfg.Image, cfg.Args = r.im.Config.Config, r.o.Args
 	cfg.Device, cfg.FSType, cfg.MountOptions = dev.Path(), r.im.FSType, r.im.mountOptions()
 	cfg.StateDir = state
+	stop := r.im.failWith(ctx)
 	c, err := stage.Start(ctx, &cfg)
+	stop()
 	if err != nil {
 		var failed *container.StartError
 		if errors.As(err, &failed) {
@@ -134,11 +147,11 @@ func (r *run) contain(ctx context.Context, stage *container.Stage, dev *device.D
 	r.phases.markAt("mounted", c.Timeline().Mounted)
 	r.phases.markAt("process started", c.Timeline().ProcessStarted)
 	var watch sync.WaitGroup
-	watching, stop := context.WithCancel(ctx)
-	defer stop()
+	watching, giveUp := context.WithCancel(ctx)
+	defer giveUp()
 	watch.Go(func() { r.awaitReady(watching, c) })
 	if err = r.await(ctx, c); err != nil {
-		stop()
+		giveUp()
 	}
 	watch.Wait() // the end of the container ends it, and may be what makes it ready
 	return err
@@ -184,7 +197,11 @@ func (r *run) await(ctx context.Context, c *container.Container) error {
 	defer stop()
 	status, err := c.Wait(over)
 	if err != nil && over.Err() != nil {
-		status, err = c.Stop(context.WithoutCancel(ctx), cmp.Or(r.o.Grace, 10*time.Second))
+		grace := cmp.Or(r.o.Grace, 10*time.Second)
+		// A process that waits for bytes cannot be killed, so then they come no more.
+		fail := time.AfterFunc(grace+lastReads, r.im.fail)
+		status, err = c.Stop(context.WithoutCancel(ctx), grace)
+		fail.Stop()
 	}
 	r.mu.Lock()
 	r.report.Exit, r.report.End = status, snapshot(r.im)
@@ -200,15 +217,18 @@ func (r *run) startReplay(ctx context.Context) {
 	go func() { r.replay <- r.n.replay(ctx, r.im, r.o.Plan) }() // endReplay waits for it
 }
 
+// endReplay stops the replay, if it goes on, and reports of it.
 func (r *run) endReplay() {
-	r.stop()
-	r.report.Replay = <-r.replay
-	select {
-	case <-r.im.trace.done:
-		r.report.Trace = r.im.trace.why
-	default:
-		r.report.Trace = "the lookup had not ended"
-	}
+	r.ended.Do(func() {
+		r.stop()
+		r.report.Replay = <-r.replay
+		select {
+		case <-r.im.trace.done:
+			r.report.Trace = r.im.trace.why
+		default:
+			r.report.Trace = "the lookup had not ended"
+		}
+	})
 }
 
 // replay waits for the trace of an image and replays it. A trace that was there

@@ -279,6 +279,9 @@ func awaitGone(ctx context.Context, path string, f *os.File, m MountState) error
 			}
 			return errors.Join(s.reap(), s.remove())
 		}
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
 		if !errors.Is(err, errLocked) {
 			return err
 		}
