@@ -21,7 +21,9 @@ const (
 
 	// DefaultChunkSize is the unit in which the cache knows what it has.
 	// Requests are as long as demand or a plan makes them; a small chunk only
-	// keeps their ends from being rounded far.
+	// keeps their ends from being rounded far. A replay of the demo's trace
+	// without gaps fetches 18.0 MiB with chunks of 512 B, 18.6 with 4 KiB,
+	// 20.1 with 16 KiB and 23.7 with 64 KiB.
 	DefaultChunkSize = 4 << 10
 
 	// DefaultCacheBytes bounds what the cache keeps on disk.
