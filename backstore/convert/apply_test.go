@@ -448,7 +448,7 @@ func FuzzApply(f *testing.F) {
 	f.Add(makeTar(f, dir("d"), file("d/.wh..wh..opq", ""), file("d/x", "").xattr("user.a", "b")))
 	f.Fuzz(func(t *testing.T, tarball []byte) {
 		if len(tarball) > 1<<16 {
-			t.Skip()
+			return
 		}
 		parent := t.TempDir()
 		root := filepath.Join(parent, "root")
