@@ -248,6 +248,43 @@ func pushLayout(t testing.TB, dir, ref string) {
 	}
 }
 
+// TestBadConversions: what cannot be read or written ends a conversion, and
+// there is no half of an image then.
+func TestBadConversions(t *testing.T) {
+	skipUnprivileged(t)
+	t.Parallel()
+	b := newBench(t)
+	source := b.path("source")
+	layers := []testLayer{dirs("a"), {{name: "b", body: randomBytes(1, 200_000)}}}
+	writeLayout(t, source, layers, ocispec.ImageConfig{})
+	g, err := regtest.NewRegistry(&regtest.RegistryOptions{Dir: b.mkdir("registry")})
+	require.NoError(t, err)
+	s := b.site("0s,unlimited", g)
+	ref := s.addr + "/tests/new:1"
+	s.SetFault(func(r *http.Request) *regtest.Fault {
+		if r.Method == http.MethodGet || r.Method == http.MethodHead {
+			return nil
+		}
+		return &regtest.Fault{Status: http.StatusForbidden}
+	})
+	b.fails(exitFailed, []string{"convert", "oci:" + source, ref}, "403", "tests/new", "docker login")
+	s.SetFault(nil)
+	b.fails(exitFailed, []string{"image", "info", ref}, "404")
+
+	out := "oci:" + b.path("out")
+	b.fails(exitFailed, []string{"convert", "oci:" + b.path("missing"), out}, b.path("missing"), "not an OCI image layout")
+	b.fails(exitFailed, []string{"convert", "oci:" + source + ":tag", out}, "no image with this tag")
+	packed, _ := layers[1].pack(t)
+	blob := filepath.Join(source, "blobs/sha256", digest.FromBytes(packed).Encoded())
+	require.NoError(t, os.WriteFile(blob, flip(packed, len(packed)/2, 100), 0o644))
+	b.fails(exitFailed, []string{"convert", "oci:" + source, out}, "layer 1")
+	require.NoError(t, os.WriteFile(blob, packed[:len(packed)/2], 0o644))
+	b.fails(exitFailed, []string{"convert", "oci:" + source, out}, "layer 1", filepath.Base(blob))
+	require.NoError(t, os.Remove(blob))
+	b.fails(exitFailed, []string{"convert", "oci:" + source, out}, "layer 1", filepath.Base(blob), "no such file")
+	require.NoFileExists(t, b.path("out/index.json"))
+}
+
 // TestBadConfigs: a config.v1.json is input from anywhere.
 func TestBadConfigs(t *testing.T) {
 	skipWithoutRunc(t)
@@ -262,6 +299,8 @@ func TestBadConfigs(t *testing.T) {
 	b.write("empty", "")
 	copyFile(t, good, b.path("good"))
 	b.mkdir("dir")
+	require.NoError(t, unix.Mkfifo(b.path("pipe"), 0o600))
+	require.NoError(t, unix.Mkfifo(b.path("pipe.json"), 0o600))
 	many := configJSON{Lowers: make([]lowerJSON, 300)}
 	for i := range many.Lowers {
 		many.Lowers[i].File = "good"
@@ -276,13 +315,15 @@ func TestBadConfigs(t *testing.T) {
 		{`{"lowers": []}`, "no lower layers"},
 		{`{"lowers": [{}]}`, "lower layer 0 has no file"},
 		{`{"lowers": [{"file": "missing"}]}`, "missing: no such file"},
-		{`{"lowers": [{"file": "dir"}]}`, "dir"},
+		{`{"lowers": [{"file": "dir"}]}`, "dir: not a file"},
+		{`{"lowers": [{"file": "pipe"}]}`, "pipe: not a file"},
+		{`{"lowers": [{"file": "good"}], "upper": {"data": "pipe"}}`, "pipe: not a file"},
 		{`{"lowers": [{"dir": "dir"}]}`, "dir/overlaybd"},
 		{`{"lowers": [{"file": "empty"}]}`, "empty"},
 		{`{"lowers": [{"file": "garbage"}]}`, "garbage"},
 		{`{"lowers": [{"file": "cut"}]}`, "cut"},
 		{`{"lowers": [{"file": "flipped"}]}`, "flipped"},
-		{`{"lowers": [{"file": "/dev/zero"}]}`, "/dev/zero"},
+		{`{"lowers": [{"file": "/dev/zero"}]}`, "/dev/zero: not a file"},
 		{`{"lowers": [{"file": "/proc/self/environ"}]}`, "/proc/self/environ"},
 		{`{"lowers": [{"file": "good", "digest": "sha256:short"}]}`, "sha256:short"},
 		{`{"lowers": [{"file": "good"}], "upper": {"index": "x"}}`, "no data file"},
@@ -294,7 +335,7 @@ func TestBadConfigs(t *testing.T) {
 	before := b.sums()
 	for i, tt := range tests {
 		config := filepath.Join(b.mkdir("configs"), fmt.Sprintf("%d.json", i))
-		require.NoError(t, os.WriteFile(config, []byte(strings.ReplaceAll(tt.config, `": "`, `": "`)), 0o644))
+		require.NoError(t, os.WriteFile(config, []byte(tt.config), 0o644))
 		relative(t, config, b.dir)
 		for _, args := range [][]string{{"image", "info", config}, {"mount", config, b.mkdir("mnt")}, {"run", config, "--", "/bin/true"}} {
 			b.fails(exitFailed, args, config, tt.says)
@@ -302,6 +343,7 @@ func TestBadConfigs(t *testing.T) {
 	}
 	require.Equal(t, before, b.sums(), "nothing of what was there has changed")
 	b.fails(exitFailed, []string{"run", b.path("no.json"), "--", "/bin/true"}, "no.json: no such file")
+	b.fails(exitFailed, []string{"image", "info", b.path("pipe.json")}, "pipe.json: not a file")
 	// A digest that the file has not is found by verify.
 	c := b.config("wrong.json", configJSON{Lowers: []lowerJSON{{File: "good", Digest: "sha256:" + strings.Repeat("0", 64)}}})
 	b.fails(exitFailed, []string{"image", "verify", c}, "good", "its content is not sha256:0000")
@@ -311,7 +353,7 @@ func TestBadConfigs(t *testing.T) {
 func relative(t testing.TB, config, dir string) {
 	p, err := os.ReadFile(config)
 	require.NoError(t, err)
-	for _, name := range []string{"missing", "dir", "empty", "garbage", "cut", "flipped", "good"} {
+	for _, name := range []string{"missing", "dir", "pipe", "empty", "garbage", "cut", "flipped", "good"} {
 		p = bytes.ReplaceAll(p, []byte(`": "`+name+`"`), []byte(`": "../`+name+`"`))
 		p = bytes.ReplaceAll(p, []byte(`":"`+name+`"`), []byte(`":"../`+name+`"`))
 	}

@@ -360,7 +360,7 @@ func TestRunKilled(t *testing.T) {
 	b.settled()
 
 	// A signal is passed on, and the container's status comes back.
-	cmd = b.command("run", s.ref, "--", "/bin/sh", "-c", "trap 'exit 7' TERM; echo up; sleep 1000 & wait")
+	cmd = b.command("run", sayUp, s.ref, "--", "/bin/sh", "-c", "trap 'exit 7' TERM; : > /tmp/up; sleep 1000 & wait")
 	b.start(cmd, func(line string) bool { return line == "up" })
 	require.NoError(t, cmd.Process.Signal(unix.SIGTERM))
 	_ = cmd.Wait()

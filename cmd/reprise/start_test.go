@@ -236,7 +236,7 @@ func (b *bench) recordAndAttach(s *site) {
 	b.fails(exitFailed, []string{"trace", "pull", s.ref, b.path("none"), "--workload", "nosuch"}, `no trace of workload "nosuch"`)
 
 	// A recording that is interrupted is a good one.
-	cmd := b.command("record", "--attach", "--workload", "interrupted", s.ref, "--", "/bin/sh", "-c", "trap 'exit 0' TERM; echo up; sleep 1000 & wait")
+	cmd := b.command("record", "--attach", "--workload", "interrupted", sayUp, s.ref, "--", "/bin/sh", "-c", "trap 'exit 0' TERM; : > /tmp/up; sleep 1000 & wait")
 	said := b.start(cmd, func(line string) bool { return line == "up" })
 	require.NoError(t, cmd.Process.Signal(os.Interrupt))
 	require.NoError(t, cmd.Wait(), said())
@@ -251,6 +251,10 @@ func (b *bench) recordAndAttach(s *site) {
 	b.ok("trace", "show", b.path("failed"))
 	b.settled()
 }
+
+// sayUp has a container that has made /tmp/up say so once it is known to have
+// started; what it says by itself may come sooner.
+const sayUp = "--ready-exec=[ ! -e /tmp/up ] || echo up > /proc/1/fd/1; exit 1"
 
 // start starts a command and returns once a line of its standard error, where
 // record sends the container's output too, or output is what is waited for.

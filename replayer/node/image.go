@@ -150,6 +150,9 @@ func isConfig(ref string) bool {
 }
 
 func (n *Node) openConfig(ctx context.Context, path string, o ImageOptions, write bool) (*Image, error) {
+	if err := regular(path); err != nil {
+		return nil, fmt.Errorf("read config: %w", err)
+	}
 	c, err := backstore.ReadConfig(path)
 	if err != nil {
 		return nil, err
@@ -157,6 +160,11 @@ func (n *Node) openConfig(ctx context.Context, path string, o ImageOptions, writ
 	sources, err := c.Sources()
 	if err != nil {
 		return nil, err
+	}
+	for i, s := range sources {
+		if err := regular(s.Path); err != nil {
+			return nil, fmt.Errorf("lower layer %d: %w", i, err)
+		}
 	}
 	im := &Image{Ref: path, FSType: "ext4", node: n, phases: o.Phases, readOnly: true}
 	if im.Image, err = backstore.OpenImage(ctx, sources); err != nil {
@@ -167,6 +175,15 @@ func (n *Node) openConfig(ctx context.Context, path string, o ImageOptions, writ
 	}
 	im.trace = n.startLookup(ctx, im, o, nil)
 	return im, nil
+}
+
+// regular makes sure that path is a file: opening a pipe would wait for ever.
+func regular(path string) error {
+	fi, err := os.Stat(path)
+	if err == nil && !fi.Mode().IsRegular() {
+		err = fmt.Errorf("%s: not a file", path)
+	}
+	return err
 }
 
 // openUpper adds the writable layer that a configuration names, if it does.
@@ -193,7 +210,10 @@ func (im *Image) setUpper(w *lsmt.Writable) {
 // lockUpper keeps two from writing to a layer, and from reading what another
 // one writes.
 func lockUpper(path string, write bool) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // a pipe is not waited for
+	if err := regular(path); err != nil {
+		return nil, err
+	}
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}

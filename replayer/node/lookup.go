@@ -79,14 +79,9 @@ func (n *Node) findTrace(ctx context.Context, im *Image, o ImageOptions, config 
 	return t, "file " + o.Trace, err
 }
 
-// openTrace reads a trace file, but waits for no pipe.
 func openTrace(path string) (*tracefmt.Trace, error) {
-	fi, err := os.Stat(path)
-	if err == nil && !fi.Mode().IsRegular() {
-		err = fmt.Errorf("trace %s: not a file", path)
-	}
-	if err != nil {
-		return nil, err
+	if err := regular(path); err != nil {
+		return nil, fmt.Errorf("trace: %w", err)
 	}
 	return tracefmt.Open(path)
 }

@@ -6,6 +6,19 @@
 // A [Node] is the state directory with the chunk cache and the registry
 // client. Everything exported is safe for concurrent use. Close what was opened
 // on a node before the node: containers, mounts, images, then the node.
+//
+// # Killed processes
+//
+// The kernel cleans up after a killed [Node.Run], but for a directory below
+// Root, which the next run removes. A killed [Node.Mount] leaves a mount whose
+// device answers nothing but errors: whoever waits for the end of the process
+// calls [Reap]; otherwise the next [Node.Mount] or [Unmount] at the same
+// directory takes it away.
+//
+// # Deadlocks
+//
+// A process that has mounted an image serves it: it must not look into the
+// mount itself.
 package node
 
 import (
