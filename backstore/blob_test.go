@@ -225,11 +225,21 @@ func TestFailedFetches(t *testing.T) {
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.ErrorContains(t, err, b.digest.String())
 
+	o.before = func(int64, int64, Lane) error { return refusal{} }
+	_, err = b.ReadAt(p, 900_000)
+	require.ErrorAs(t, err, &refusal{})
+
 	o.before = nil
 	o.body = func(p []byte) io.Reader { return bytes.NewReader(p[:len(p)/2]) }
 	_, err = b.ReadAt(p[:1], 900_000)
 	require.NoError(t, err, "a body that is cut short gives what it has")
 }
+
+// refusal is an error that says itself that it is final.
+type refusal struct{}
+
+func (refusal) Error() string   { return "refused" }
+func (refusal) Permanent() bool { return true }
 
 func TestCloseEndsWaitingReads(t *testing.T) {
 	o := &origin{data: testData(1 << 20)}

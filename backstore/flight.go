@@ -345,6 +345,10 @@ var errClosed = fmt.Errorf("backstore: %w", io.ErrClosedPipe)
 // retryable reports whether a failed fetch may succeed when tried again: not
 // what the origin has refused, nor what this node lacks.
 func retryable(err error) bool {
+	var answer interface{ Permanent() bool }
+	if errors.As(err, &answer) && answer.Permanent() {
+		return false
+	}
 	for _, final := range []error{
 		os.ErrNotExist, errors.ErrUnsupported, errdefs.ErrUnauthenticated, errdefs.ErrPermissionDenied,
 		errNoSpace, context.Canceled, errClosed,

@@ -288,10 +288,25 @@ func (im *Image) copySegment(p []byte, off int64, g lsmt.Segment) error {
 		clear(dst)
 		return nil
 	case g.Layer == len(im.layers):
-		_, err := im.upper.ReadAt(dst, lo)
-		return err
+		return im.readUpper(dst, lo)
 	}
 	return im.layers[g.Layer].readFull(dst, g.LayerOff+lo-g.Off)
+}
+
+// readUpper reads the upper layer, which knows whole sectors only.
+func (im *Image) readUpper(p []byte, off int64) error {
+	from := off &^ (lsmt.SectorSize - 1)
+	to := (off + int64(len(p)) + lsmt.SectorSize - 1) &^ (lsmt.SectorSize - 1)
+	if from == off && to == off+int64(len(p)) {
+		_, err := im.upper.ReadAt(p, off)
+		return err
+	}
+	whole := make([]byte, to-from)
+	if _, err := im.upper.ReadAt(whole, from); err != nil {
+		return err
+	}
+	copy(p, whole[off-from:])
+	return nil
 }
 
 // attempts is how often a block that turns out to be bad is read.

@@ -119,6 +119,14 @@ func (e *Error) transient() bool {
 	return false
 }
 
+// Permanent says that the registry has answered, and will answer so again.
+// Whoever has the patience to wait for a registry that is away need not wait
+// for this one.
+func (e *Error) Permanent() bool {
+	var final *finalError
+	return errors.As(e.Err, &final) || errors.Is(e.Err, ErrNoRanges) || e.Status >= 400 && !e.transient()
+}
+
 func transientCause(err error) bool {
 	var (
 		final *finalError
