@@ -22,7 +22,8 @@ import (
 
 const (
 	// DefaultGap is how many bytes that a trace does not ask for are fetched
-	// rather than sending another request. The demo's trace, until ready:
+	// rather than sending another request. The demo's trace until ready, one
+	// run each (what had not arrived by then is not in it):
 	//
 	//	gap      requests   bytes      of them read
 	//	0        254        18.6 MiB   100 %
