@@ -39,8 +39,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/reprise-project/reprise/backstore/device/internal/fuse"
-	"github.com/reprise-project/reprise/backstore/device/internal/loop"
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
 // Backend is what a device reads. It may also be an [io.WriterAt], a
@@ -67,10 +66,9 @@ type Syncer interface {
 
 // Device is an attached block device.
 type Device struct {
-	loop      *loop.Device
-	session   *fuse.Session
-	namespace int // see lowFDs
-	timeout   time.Duration
+	srv     *request.Server
+	at      attachment
+	timeout time.Duration
 
 	mu     sync.Mutex // serializes Close; guards closed, err
 	closed bool
@@ -85,99 +83,74 @@ func Attach(ctx context.Context, b Backend, size int64, o *Options) (*Device, er
 	if err != nil {
 		return nil, fmt.Errorf("attach device: %w", err)
 	}
-	d, err := attach(ctx, b, size, opts)
+	t := transports[opts.Transport]
+	if err := errors.Join(ctx.Err(), t.missing()); err != nil {
+		return nil, fmt.Errorf("attach device %s: %w", opts.Name, err)
+	}
+	d, err := start(b, size, opts, func(srv *request.Server) (attachment, error) {
+		return t.attach(ctx, srv, &attaching{Options: opts, state: opts.state(size)})
+	})
 	if err != nil {
 		return nil, fmt.Errorf("attach device %s: %w", opts.Name, err)
 	}
 	return d, nil
 }
 
-func attach(ctx context.Context, b Backend, size int64, o *Options) (*Device, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	low, err := openLowFDs()
+// Adopt goes on with the device of a process that has ended, over a backend
+// with the same content. s is what Options.Prepared was told, fds are the
+// descriptors that the keeper has held, by role; Adopt owns them. Requests that
+// the other process had not answered are executed now, perhaps once more. Of o
+// the fields count that State does not have; Keeper must still hold the
+// descriptors.
+//
+// Where there is no device any more the error matches [ErrGone]. A kernel that
+// cannot pass a device on is a *[FeatureError], and the device is ended then.
+func Adopt(ctx context.Context, b Backend, s State, fds map[string]int, o *Options) (*Device, error) {
+	d, err := adopt(ctx, b, s, fds, o)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("adopt device %s: %w", s.ID, err)
 	}
-	s, err := fuse.Start(newBackend(b), fuse.Config{
-		Name:      o.Name,
-		Size:      size,
-		BlockSize: o.SectorSize,
-		ReadOnly:  o.ReadOnly,
-		Workers:   o.MaxInFlight,
-		MinFD:     max(low.loop, low.namespace) + 1,
-		OnError:   o.onError(),
-	})
-	if err != nil {
-		low.close()
-		return nil, err
-	}
-	l, err := attachLoop(ctx, s, low.loop, o)
-	if err != nil {
-		err = errors.Join(err, s.Close(o.CloseTimeout))
-		low.close()
-		return nil, err
-	}
-	return &Device{loop: l, session: s, namespace: low.namespace, timeout: o.CloseTimeout}, nil
+	return d, nil
 }
 
-// lowFDs are descriptors with numbers below that of /dev/fuse. A dying process
-// releases its files from the highest number down, and what these hold waits
-// for I/O to the device when it is released, which can only fail once /dev/fuse
-// is gone. The other way round the process would wait for itself, and nothing
-// could kill it.
-type lowFDs struct {
-	// loop is to be the loop device, which writes its dirty pages back. Until
-	// then it is a placeholder.
-	loop int
-	// namespace is the process's mount namespace. If that ends with the process
-	// it unmounts what is mounted on the device. Without this descriptor it
-	// would end before any file is released.
-	namespace int
-}
-
-func openLowFDs() (lowFDs, error) {
-	ns, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+func adopt(ctx context.Context, b Backend, s State, fds map[string]int, o *Options) (*Device, error) {
+	opts, err := o.with(s).fill(b, s.Size)
 	if err != nil {
-		return lowFDs{}, fmt.Errorf("open /proc/self/ns/mnt: %w", err)
+		return nil, err
 	}
-	null, err := unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		unix.Close(ns)
-		return lowFDs{}, fmt.Errorf("open /dev/null: %w", err)
+	a := &attaching{Options: opts, state: &s}
+	if opts.Keeper != nil {
+		for role := range fds {
+			a.kept = append(a.kept, s.ID+"."+role)
+		}
 	}
-	return lowFDs{loop: null, namespace: ns}, nil
-}
-
-func (l lowFDs) close() {
-	unix.Close(l.loop)
-	unix.Close(l.namespace)
-}
-
-func attachLoop(ctx context.Context, s *fuse.Session, fd int, o *Options) (*loop.Device, error) {
-	return loop.Attach(ctx, loop.Config{
-		Open:        s.OpenFile,
-		Needs:       []int{s.MountFD()},
-		FD:          fd,
-		Name:        o.Name,
-		BlockSize:   o.SectorSize,
-		ReadOnly:    o.ReadOnly,
-		ReadAheadKB: max(o.ReadAheadKB, 0),
+	return start(b, s.Size, opts, func(srv *request.Server) (attachment, error) {
+		return transports[opts.Transport].adopt(ctx, srv, a, fds)
 	})
 }
 
-// Path is the device's path, /dev/loopN.
-func (d *Device) Path() string { return d.loop.Path() }
+// start makes the request server of a device and has it attached.
+func start(b Backend, size int64, o *Options, attach func(*request.Server) (attachment, error)) (*Device, error) {
+	srv := request.New(newBackend(b), o.request(b, size))
+	at, err := attach(srv)
+	if err != nil {
+		srv.Stop()
+		return nil, err
+	}
+	return &Device{srv: srv, at: at, timeout: o.CloseTimeout}, nil
+}
+
+// Path is the device's path, such as /dev/loop0.
+func (d *Device) Path() string { return d.at.path() }
 
 // Done is closed when nothing serves the device any more: it was closed, or
 // its connection to the kernel was ended by somebody else, and then Err says
 // so and all I/O fails. It still has to be closed.
-func (d *Device) Done() <-chan struct{} { return d.session.Ended() }
+func (d *Device) Done() <-chan struct{} { return d.at.ended() }
 
 // Err says why the device ended by itself; nil if it did not.
 func (d *Device) Err() error {
-	if err := d.session.Err(); err != nil {
+	if err := d.at.err(); err != nil {
 		return fmt.Errorf("device %s: %w", d.Path(), err)
 	}
 	return nil
@@ -207,7 +180,8 @@ func (d *Device) Close() error {
 		return err
 	}
 	d.closed = true
-	d.err = d.shut(claim)
+	d.err = d.at.close(claim, d.timeout)
+	d.srv.Stop()
 	if d.err != nil {
 		d.err = fmt.Errorf("close device %s: %w", d.Path(), d.err)
 	}
@@ -218,7 +192,7 @@ func (d *Device) Close() error {
 // opened nobody can mount it: then there is nothing to claim, -1.
 func (d *Device) claim() (fd int, err error) {
 	for deadline := time.Now().Add(settle); ; time.Sleep(10 * time.Millisecond) {
-		fd, err := d.loop.Claim()
+		fd, err := d.at.claim()
 		if !errors.Is(err, unix.EBUSY) {
 			return fd, nil
 		}
@@ -226,26 +200,4 @@ func (d *Device) claim() (fd int, err error) {
 			return -1, &BusyError{Device: d.Path(), Mounts: mountsOf(d.Path())}
 		}
 	}
-}
-
-// shut detaches the loop device within the timeout, for a backend may be
-// stuck, and ends the session, which makes a stuck detach return.
-func (d *Device) shut(claim int) error {
-	detached := make(chan error, 1)
-	go func() { detached <- d.loop.Detach(claim) }()
-	timer := time.NewTimer(d.timeout)
-	defer timer.Stop()
-	var detachErr, endErr error
-	select {
-	case detachErr = <-detached:
-		endErr = d.session.Close(d.timeout)
-	case <-timer.C:
-		endErr = d.session.Close(0)
-		detachErr = <-detached
-	}
-	unix.Close(d.namespace)
-	if d.session.Err() != nil { // it had ended before: that is what Err tells
-		return nil
-	}
-	return errors.Join(detachErr, endErr)
 }

@@ -4,16 +4,27 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
-	"github.com/reprise-project/reprise/backstore/device/internal/fuse"
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
 // Options of [Attach]. A zero field means its default.
 type Options struct {
 	// Transport is "auto" (the default) or "fuse", which is FUSE and loop.
 	Transport string
+	// ID names the device in State. Default: a random one.
+	ID string
+	// Keeper holds the descriptors that the device lives by, so that another
+	// process can adopt it when this one has ended. Default: nobody, the device
+	// ends with the process.
+	Keeper Keeper
+	// Prepared is told what Adopt will have to know before anybody can see the
+	// device; it returns when that is on disk. Default nil.
+	Prepared func(State) error
 	// ReadOnly refuses writes in the kernel. It must be set if the backend is
 	// no io.WriterAt.
 	ReadOnly bool
@@ -33,10 +44,19 @@ type Options struct {
 	// OnError is told of each request that the backend failed, as an *[IOError].
 	// It is called inline and concurrently: it must be quick. Default nil.
 	OnError func(error)
+	// OnSlow is told of each request that has been in the backend for SlowAfter,
+	// and again whenever that time has doubled. Default nil.
+	OnSlow func(Slow)
+	// SlowAfter is how long a request may take before OnSlow hears of it.
+	// Default 10 s.
+	SlowAfter time.Duration
 }
 
 // IOError is a request that the backend failed.
-type IOError = fuse.OpError
+type IOError = request.Error
+
+// Slow is a request that the backend has not answered for a while.
+type Slow = request.Slow
 
 const minSector, maxSector = 512, 4096
 
@@ -49,8 +69,12 @@ func (o *Options) fill(b Backend, size int64) (*Options, error) {
 	if b == nil {
 		return nil, errors.New("no backend")
 	}
-	if c.Transport != "" && c.Transport != "auto" && c.Transport != "fuse" {
-		return nil, fmt.Errorf("unknown transport %q: use auto or fuse", c.Transport)
+	if c.Transport == "" || c.Transport == "auto" {
+		c.Transport = "fuse"
+	}
+	if transports[c.Transport] == nil {
+		names := slices.Sorted(maps.Keys(transports))
+		return nil, fmt.Errorf("unknown transport %q: use auto, %s", c.Transport, strings.Join(names, ", "))
 	}
 	if _, ok := b.(io.WriterAt); !ok && !c.ReadOnly {
 		return nil, errors.New("the backend cannot be written: set ReadOnly")
@@ -62,6 +86,8 @@ func (o *Options) fill(b Backend, size int64) (*Options, error) {
 	orDefault(&c.ReadAheadKB, 128)
 	orDefault(&c.MaxInFlight, 128)
 	orDefault(&c.CloseTimeout, 10*time.Second)
+	orDefault(&c.SlowAfter, 10*time.Second)
+	orDefault(&c.ID, newID())
 	if c.MaxInFlight < 1 || c.CloseTimeout < 0 {
 		return nil, fmt.Errorf("MaxInFlight %d or CloseTimeout %v is negative", c.MaxInFlight, c.CloseTimeout)
 	}
@@ -88,11 +114,34 @@ func (o *Options) fillSector(size int64) error {
 	return nil
 }
 
-func (o *Options) onError() func(*fuse.OpError) {
-	if o.OnError == nil {
-		return nil
+// request is the configuration of the request server over b.
+func (o *Options) request(b Backend, size int64) request.Config {
+	c := request.Config{Size: size, ReadOnly: o.ReadOnly, OnSlow: o.OnSlow, SlowAfter: o.SlowAfter}
+	_, c.CanDiscard = b.(Discarder)
+	_, c.CanSync = b.(Syncer)
+	if o.OnError != nil {
+		c.OnError = func(e *request.Error) { o.OnError(e) }
 	}
-	return func(e *fuse.OpError) { o.OnError(e) }
+	return c
+}
+
+// state is what is known of a device before it is attached.
+func (o *Options) state(size int64) *State {
+	return &State{
+		ID: o.ID, Transport: o.Transport, Name: o.Name, Size: size, SectorSize: o.SectorSize, ReadOnly: o.ReadOnly,
+		ReadAheadKB: o.ReadAheadKB, MaxInFlight: o.MaxInFlight, Index: -1,
+	}
+}
+
+// with returns a copy of o that has what s says.
+func (o *Options) with(s State) *Options {
+	var c Options
+	if o != nil {
+		c = *o
+	}
+	c.ID, c.Transport, c.Name, c.SectorSize, c.ReadOnly = s.ID, s.Transport, s.Name, s.SectorSize, s.ReadOnly
+	c.ReadAheadKB, c.MaxInFlight = s.ReadAheadKB, s.MaxInFlight
+	return &c
 }
 
 // fileName makes a name that a directory entry can have.

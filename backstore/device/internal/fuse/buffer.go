@@ -4,13 +4,15 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
-// buffer is one worker's request and reply memory; see Buffers in the package
-// comment. It is mapped, not allocated, so that only the pages that were used
-// take memory and a later owner of the session can prefault it.
+// buffer is one worker's request and reply memory, see Buffers in the package
+// comment, and its place in the request server.
 type buffer struct {
 	mem []byte // pageSize + maxIO
+	*request.Worker
 }
 
 // request is where a request is read to: its header ends where page 1 begins
@@ -25,6 +27,7 @@ func (b *buffer) data(n int) []byte { return b.mem[pageSize : pageSize+n : pageS
 
 // buffers keeps the buffers of ended workers for the next ones.
 type buffers struct {
+	srv   *request.Server
 	mu    sync.Mutex
 	spare []*buffer // guarded by mu; at most maxSpare
 }
@@ -42,11 +45,12 @@ func (p *buffers) get() *buffer {
 		return b
 	}
 	mem, err := unix.Mmap(-1, 0, pageSize+maxIO,
-		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
 	if err != nil {
 		return nil
 	}
-	return &buffer{mem}
+	_ = unix.Mlock(mem) // where the limit allows it
+	return &buffer{mem, p.srv.Worker()}
 }
 
 func (p *buffers) put(b *buffer) {
@@ -56,6 +60,11 @@ func (p *buffers) put(b *buffer) {
 		p.spare = append(p.spare, b)
 		return
 	}
+	b.free()
+}
+
+func (b *buffer) free() {
+	b.Release()
 	unix.Munmap(b.mem)
 }
 
@@ -64,7 +73,7 @@ func (p *buffers) free() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, b := range p.spare {
-		unix.Munmap(b.mem)
+		b.free()
 	}
 	p.spare = nil
 }

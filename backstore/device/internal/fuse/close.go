@@ -38,6 +38,7 @@ func (s *Session) Close(timeout time.Duration) error {
 
 func (s *Session) stop(timeout time.Duration) error {
 	s.closing.Store(true)
+	s.srv.Refuse()
 	woken := make(chan struct{})
 	go func() {
 		defer close(woken)

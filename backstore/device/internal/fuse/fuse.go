@@ -1,6 +1,6 @@
 // Package fuse serves one file over /dev/fuse: a root directory (node 1) that
 // holds a single regular file (node 2), whose reads and writes go to a
-// [Backend]. It exists to be opened once, by the loop driver.
+// [request.Server]. It exists to be opened once, by the loop driver.
 //
 // The nouns: a [Session] is one FUSE connection with its descriptor, its
 // detached mount and its workers; a worker is a goroutine with one buffer.
@@ -19,7 +19,10 @@
 // # Buffers
 //
 // One buffer serves both directions, laid out so that data is page aligned
-// whichever way it goes, and a reply is one write(2) of header and data:
+// whichever way it goes, and a reply is one write(2) of header and data. All
+// its pages are there from the beginning: a process that is killed while the
+// kernel copies a request or a reply must not have to fault a page in, which
+// fails in a dying process, and fails the request with it.
 //
 //	         page 0           |  page 1 ...
 //	..... write header 80 B   |  data of a WRITE       (request)
@@ -31,7 +34,11 @@
 // file handles and generations are constants, INIT is answered before the
 // first worker starts, and all else that a session lives by is in the fields
 // of [Session] and [buffers]. Another process that holds a duplicate of the
-// descriptor can therefore go on where this one ended.
+// descriptor can therefore go on where this one ended: [Adopt]. The requests
+// that the ended one had read and not answered are sent once more, with a bit
+// set in their number, after FUSE_NOTIFY_RESEND (Linux 6.9). So a request may
+// be executed twice; that is harmless, since one that nobody answered may be
+// executed at any time.
 //
 // # Closing
 //
@@ -45,20 +52,10 @@ package fuse
 
 import (
 	"errors"
-	"fmt"
-	"io"
 	"sync/atomic"
-)
 
-// Backend is what the file holds.
-type Backend interface {
-	io.ReaderAt
-	// WriteAt, Discard and Sync return errors.ErrUnsupported where the file
-	// lacks the ability; the kernel then stops asking.
-	io.WriterAt
-	Discard(off, n int64) error
-	Sync() error
-}
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
+)
 
 // Node ids and the file handle: constants, see Adoption.
 const (
@@ -88,44 +85,22 @@ const (
 	maxIdle = 2
 )
 
-// Config describes a session. All fields but MinFD and OnError are
-// required.
+// Config describes a session. All fields but MinFD are required.
 type Config struct {
 	Name      string // of the file, as `losetup -a` shows it
-	Size      int64  // of the file, in bytes
 	BlockSize int    // granularity of a discard, in bytes
-	ReadOnly  bool
-	Workers   int // most requests in the backend at a time
-	MinFD     int // lowest number for the descriptor of /dev/fuse
-	// OnError is told of each request that the backend failed. Concurrent.
-	OnError func(*OpError)
+	Workers   int    // most requests in the backend at a time
+	MinFD     int    // lowest number for the descriptor of /dev/fuse
 }
-
-// OpError is a request that the backend failed.
-type OpError struct {
-	Op     string // "read", "write", "discard", "sync"
-	Off, N int64  // bytes; zero for sync
-	Err    error
-}
-
-func (e *OpError) Error() string {
-	if e.Op == "sync" {
-		return "sync: " + e.Err.Error()
-	}
-	return fmt.Sprintf("%s %d bytes at %d: %v", e.Op, e.N, e.Off, e.Err)
-}
-
-// Unwrap gives the backend's error.
-func (e *OpError) Unwrap() error { return e.Err }
 
 // Session is a FUSE connection that is being served. Its methods are safe for
 // concurrent use.
 type Session struct {
-	cfg     Config
-	backend Backend
-	fd      int // /dev/fuse; /dev/null once aborted
-	mount   int // the detached mount
-	bufs    buffers
+	cfg   Config
+	srv   *request.Server
+	fd    int // /dev/fuse; /dev/null once aborted
+	mount int // the detached mount
+	bufs  buffers
 
 	idle    atomic.Int32 // workers in, or about to enter, read(2)
 	workers atomic.Int32 // workers alive; never rises from zero

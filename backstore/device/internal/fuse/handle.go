@@ -1,11 +1,6 @@
 package fuse
 
-import (
-	"errors"
-	"io"
-
-	"golang.org/x/sys/unix"
-)
+import "golang.org/x/sys/unix"
 
 // handle answers one request.
 func (s *Session) handle(b *buffer, req []byte) {
@@ -17,7 +12,7 @@ func (s *Session) handle(b *buffer, req []byte) {
 	case opWrite:
 		s.write(b, h, body)
 	case opFsync, opFlush:
-		s.sync(b, h)
+		s.answer(b, h, 0, b.Sync())
 	case opFallocate:
 		s.fallocate(b, h, body)
 	case opForget, opBatchForget: // have no reply
@@ -50,7 +45,7 @@ func (s *Session) meta(b *buffer, h header, body []byte) {
 		putOpenOut(out, fileFH, fopenDirectIO|fopenParallelDirectWrites)
 		s.answer(b, h, openOutSize, 0)
 	case opStatfs:
-		putStatfsOut(out, uint64(s.cfg.Size), uint32(s.cfg.BlockSize))
+		putStatfsOut(out, uint64(s.srv.Size), uint32(s.cfg.BlockSize))
 		s.answer(b, h, statfsOutSize, 0)
 	case opRelease, opDestroy:
 		s.answer(b, h, 0, 0)
@@ -63,51 +58,40 @@ func (s *Session) attr(node uint64) attr {
 	switch {
 	case node != fileNode:
 		return attr{ino: node, mode: unix.S_IFDIR | 0o500, nlink: 2}
-	case s.cfg.ReadOnly:
-		return attr{ino: node, size: uint64(s.cfg.Size), mode: unix.S_IFREG | 0o400, nlink: 1}
+	case s.srv.ReadOnly:
+		return attr{ino: node, size: uint64(s.srv.Size), mode: unix.S_IFREG | 0o400, nlink: 1}
 	}
-	return attr{ino: node, size: uint64(s.cfg.Size), mode: unix.S_IFREG | 0o600, nlink: 1}
+	return attr{ino: node, size: uint64(s.srv.Size), mode: unix.S_IFREG | 0o600, nlink: 1}
 }
 
 func (s *Session) read(b *buffer, h header, body []byte) {
-	e, ok := s.extent(body, 24, parseRW)
-	if !ok || e.n > maxIO {
+	if len(body) < 24 {
+		s.answer(b, h, 0, unix.EINVAL)
+		return
+	}
+	e := parseRW(body)
+	if e.n > maxIO {
 		s.answer(b, h, 0, unix.EINVAL)
 		return
 	}
 	n := int(e.n)
-	if s.closing.Load() {
-		s.answer(b, h, 0, unix.EIO)
-		return
-	}
-	got, err := s.backend.ReadAt(b.data(n), int64(e.off))
-	if got == n { // io.ReaderAt may say io.EOF beside all that was asked for
-		s.answer(b, h, n, 0)
-		return
-	}
-	if err == nil || errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
-	s.answer(b, h, 0, s.failed("read", e, err))
+	s.answer(b, h, n, b.Read(b.data(n), int64(e.off)))
 }
 
 func (s *Session) write(b *buffer, h header, body []byte) {
-	e, ok := s.extent(body, writeInSize, parseRW)
-	if !ok || e.n != uint64(len(body)-writeInSize) {
+	if len(body) < writeInSize {
 		s.answer(b, h, 0, unix.EINVAL)
 		return
 	}
-	if s.closing.Load() {
-		s.answer(b, h, 0, unix.EIO)
+	e := parseRW(body)
+	if e.n != uint64(len(body)-writeInSize) {
+		s.answer(b, h, 0, unix.EINVAL)
 		return
 	}
-	if _, err := s.backend.WriteAt(b.data(int(e.n)), int64(e.off)); err != nil {
-		s.answer(b, h, 0, s.failed("write", e, err))
-		return
-	}
+	errno := b.Write(b.data(int(e.n)), int64(e.off))
 	out := b.data(8)
 	native.PutUint64(out, e.n) // fuse_write_out
-	s.answer(b, h, 8, 0)
+	s.answer(b, h, 8, errno)
 }
 
 func (s *Session) fallocate(b *buffer, h header, body []byte) {
@@ -121,47 +105,7 @@ func (s *Session) fallocate(b *buffer, h header, body []byte) {
 		s.answer(b, h, 0, unix.EOPNOTSUPP)
 		return
 	}
-	if !s.inside(e) {
-		s.answer(b, h, 0, unix.EINVAL)
-		return
-	}
-	err := s.backend.Discard(int64(e.off), int64(e.n))
-	s.answer(b, h, 0, s.failed("discard", e, err))
-}
-
-func (s *Session) sync(b *buffer, h header) {
-	s.answer(b, h, 0, s.failed("sync", extent{}, s.backend.Sync()))
-}
-
-// extent decodes where a READ or WRITE goes and checks it against the file.
-func (s *Session) extent(body []byte, size int, parse func([]byte) extent) (extent, bool) {
-	if len(body) < size {
-		return extent{}, false
-	}
-	e := parse(body)
-	return e, s.inside(e)
-}
-
-func (s *Session) inside(e extent) bool {
-	size := uint64(s.cfg.Size)
-	return e.off <= size && e.n <= size-e.off
-}
-
-// failed reports err and chooses the errno that the block layer sees.
-func (s *Session) failed(op string, e extent, err error) unix.Errno {
-	switch {
-	case err == nil:
-		return 0
-	case errors.Is(err, errors.ErrUnsupported):
-		return unix.ENOSYS
-	}
-	if s.cfg.OnError != nil {
-		s.cfg.OnError(&OpError{Op: op, Off: int64(e.off), N: int64(e.n), Err: err})
-	}
-	if errors.Is(err, unix.ENOSPC) {
-		return unix.ENOSPC
-	}
-	return unix.EIO
+	s.answer(b, h, 0, b.Discard(int64(e.off), int64(e.n)))
 }
 
 // answer sends the reply whose n bytes are in b.data. An error of write(2)

@@ -8,24 +8,25 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/backstore/device/internal/feature"
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
 const devFuse = "/dev/fuse"
 
 // Start opens a FUSE connection, mounts it detached (in no mount namespace,
-// so that it ends with its last descriptor), answers INIT and serves b.
-func Start(b Backend, cfg Config) (*Session, error) {
+// so that it ends with its last descriptor), answers INIT and serves.
+func Start(srv *request.Server, cfg Config) (*Session, error) {
 	fd, err := openAbove(devFuse, cfg.MinFD)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", devFuse,
 			feature.Check(err, devFuse, "", "load the kernel module fuse, and in a container pass the device in"))
 	}
-	mount, err := mountDetached(fd, &cfg)
+	mount, err := mountDetached(fd, &cfg, srv.ReadOnly)
 	if err != nil {
 		unix.Close(fd)
 		return nil, fmt.Errorf("mount fuse: %w", err)
 	}
-	s, err := newSession(fd, mount, b, cfg)
+	s, err := newSession(fd, mount, srv, cfg)
 	if err != nil {
 		unix.Close(mount)
 		unix.Close(fd)
@@ -46,25 +47,63 @@ func openAbove(path string, low int) (int, error) {
 
 // newSession answers INIT on fd and starts the first worker. It takes over
 // the descriptors if it succeeds.
-func newSession(fd, mount int, b Backend, cfg Config) (*Session, error) {
-	s := &Session{cfg: cfg, backend: b, fd: fd, mount: mount, ended: make(chan struct{})}
+func newSession(fd, mount int, srv *request.Server, cfg Config) (*Session, error) {
+	s := &Session{cfg: cfg, srv: srv, fd: fd, mount: mount, ended: make(chan struct{})}
+	if err := s.begin(s.handshake); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// Adopt goes on with the session of a process that has ended, whose descriptors
+// these are. It takes them over if it succeeds. All requests that the other
+// had not answered are executed. A kernel that cannot send them again is a
+// *[feature.Error]: the session is to be ended then, for they would wait for
+// ever. MinFD is not looked at.
+func Adopt(fd, mount int, srv *request.Server, cfg Config) (*Session, error) {
+	s := &Session{cfg: cfg, srv: srv, fd: fd, mount: mount, ended: make(chan struct{})}
+	if err := s.begin(func(*buffer) error { return s.resend() }); err != nil {
+		return nil, fmt.Errorf("adopt fuse session: %w", err)
+	}
+	return s, nil
+}
+
+// begin starts the first worker when prepare, which may use its buffer, is
+// through.
+func (s *Session) begin(prepare func(*buffer) error) error {
+	s.bufs.srv = s.srv
 	buf := s.bufs.get()
 	if buf == nil {
-		return nil, errors.New("map a request buffer: out of memory")
+		return errors.New("map a request buffer: out of memory")
 	}
-	if err := s.handshake(buf); err != nil {
+	if err := prepare(buf); err != nil {
 		s.bufs.put(buf)
 		s.bufs.free()
-		return nil, err
+		return err
 	}
 	s.workers.Store(1)
 	s.idle.Store(1)
 	go s.serve(buf)
-	return s, nil
+	return nil
+}
+
+// resend has the kernel queue again what was read and not answered.
+func (s *Session) resend() error {
+	var b [outHeaderSize]byte
+	putHeader(b[:], 0, -notifyResend, 0)
+	switch errno := write(s.fd, b[:]); errno {
+	case 0:
+		return nil
+	case unix.EINVAL:
+		return &feature.Error{Feature: "FUSE_NOTIFY_RESEND", Since: "6.9", Err: errno,
+			Hint: "devices do not outlive the process that serves them"}
+	default:
+		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", errno)
+	}
 }
 
 // mountDetached makes the superblock. The kernel queues INIT in it.
-func mountDetached(fd int, cfg *Config) (int, error) {
+func mountDetached(fd int, cfg *Config, readOnly bool) (int, error) {
 	fs, err := unix.Fsopen("fuse", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return -1, feature.Check(err, "fsopen(2) of fuse", "5.2", "")
@@ -88,7 +127,7 @@ func mountDetached(fd int, cfg *Config) (int, error) {
 		return -1, feature.Check(err, "fsconfig(2) of fuse", "5.2", "")
 	}
 	attrs := unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
-	if cfg.ReadOnly {
+	if readOnly {
 		attrs |= unix.MOUNT_ATTR_RDONLY
 	}
 	m, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attrs)
@@ -135,12 +174,16 @@ func (s *Session) handshake(b *buffer) error {
 // MountFD is the descriptor that OpenFile needs.
 func (s *Session) MountFD() int { return s.mount }
 
+// FD is the descriptor of /dev/fuse. Whoever holds a duplicate of it keeps the
+// session from ending.
+func (s *Session) FD() int { return s.fd }
+
 // OpenFile opens the file of the session through its mount, for the loop
 // driver to take over. The caller closes the descriptor. Like all that waits
 // for the session it belongs on a thread of its own; see package apart.
 func (s *Session) OpenFile() (int, error) {
 	mode := unix.O_RDWR
-	if s.cfg.ReadOnly {
+	if s.srv.ReadOnly {
 		mode = unix.O_RDONLY
 	}
 	for {

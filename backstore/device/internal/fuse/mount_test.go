@@ -21,7 +21,7 @@ func TestMounted(t *testing.T) {
 	const size = 2 << 20
 	m := &memory{data: pattern(size)}
 	want := bytes.Clone(m.data)
-	s, err := Start(m, testConfig(size))
+	s, err := Start(server(t, m), testConfig)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -59,6 +59,10 @@ const (
 	fopenParallelDirectWrites = 1 << 6 // writes do not take the inode lock alone
 )
 
+// notifyResend is FUSE_NOTIFY_RESEND: it stands in the error field of a reply
+// to request 0, with its sign.
+const notifyResend = 7
+
 // FALLOCATE modes, from linux/falloc.h.
 const (
 	fallocKeepSize  = 0x01

@@ -68,6 +68,32 @@ func Attach(ctx context.Context, cfg Config) (*Device, error) {
 	return d, nil
 }
 
+// Adopt goes on with the device of a process that has ended, of which fd is a
+// descriptor. The device owns it if Adopt succeeds. The error is ENXIO if the
+// device has been taken away since.
+func Adopt(fd int) (*Device, error) {
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil {
+		return nil, fmt.Errorf("adopt loop device: %w", err)
+	}
+	d := &Device{path: "/dev/loop" + strconv.Itoa(int(info.Number)), fd: fd}
+	for name, value := range kernelDefaults { // what was there before is not known any more
+		d.restores = append(d.restores, setting{d.attribute(name), value})
+	}
+	return d, nil
+}
+
+// kernelDefaults are the attributes that tune changes.
+var kernelDefaults = map[string]string{"queue/read_ahead_kb": "128", "queue/rq_affinity": "1"}
+
+func (d *Device) attribute(name string) string {
+	return "/sys/block/" + strings.TrimPrefix(d.path, "/dev/") + "/" + name
+}
+
+// FD is the descriptor of the block device. Whoever holds a duplicate of it
+// keeps the device.
+func (d *Device) FD() int { return d.fd }
+
 // tune sets queue attributes, which LOOP_CONFIGURE cannot.
 func (d *Device) tune(cfg *Config) error {
 	if err := d.set("queue/read_ahead_kb", strconv.Itoa(cfg.ReadAheadKB)); err != nil {
@@ -141,7 +167,7 @@ func configure(cfg *Config) error {
 }
 
 func (d *Device) set(name, value string) error {
-	path := "/sys/block/" + strings.TrimPrefix(d.path, "/dev/") + "/" + name
+	path := d.attribute(name)
 	old, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -189,6 +215,9 @@ func (d *Device) Detach(claim int) error {
 		return clearFD(d.fd)
 	}, fds...)
 }
+
+// Clear gives a device back that nobody has used.
+func (d *Device) Clear() error { return clearFD(d.fd) }
 
 func clearFD(fd int) error {
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil {
