@@ -3,11 +3,13 @@
 #   make demo     the whole job on this machine, as root     ARGS='--runs 5 --link 30ms,1gbit'
 #   make test     go test ./...; as root also the tests that need devices and mounts
 #   make root     those tests alone, uncached, and none may skip for want of root
+#   make vmtest   devices of every kind, served and killed, in an emulated machine with Linux 6.12
+#   make torture  1,000 kills of the daemon and of devices, a minute of fio, a registry that is away for another
 #   make race     go test -race ./...
 #   make fuzz     each fuzz target for FUZZTIME (10s)
 #   make bench    all benchmarks, with fio as a second opinion
 #   make lint     golangci-lint, built from the version in .ci/tools/go.mod
-#   make deps     Debian packages for test, demo and bench   WHAT='test demo bench race'
+#   make deps     Debian packages for test, demo and bench   WHAT='test demo bench race vmtest'
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -23,11 +25,12 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo de
 BUILD     := -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)'
 PREFIX    ?= /usr/local
 FUZZTIME  ?= 10s
+VMTIMEOUT ?= 15m
 BENCH     ?= .
 BENCHTIME ?= 1s
 WHAT      ?= test demo bench
 
-.PHONY: build test race root fuzz bench generate lint demo deps install clean
+.PHONY: build test race root vmtest torture fuzz bench generate lint demo deps install clean
 .DEFAULT_GOAL := build
 
 build:
@@ -44,6 +47,18 @@ race:
 root:
 	@.ci/deps test
 	@GO='$(GO)' .ci/root
+
+vmtest:
+	@.ci/deps vmtest
+	$(GO) run ./backstore/device/devicetest/vm -timeout $(VMTIMEOUT) $(addprefix ./backstore/device/internal/,apart fuse nbd tcmu ublk uring)
+	$(GO) run ./backstore/device/devicetest/vm -timeout $(VMTIMEOUT) -run 'Conformance$$|Kill$$|UnderKills$$' ./backstore/device
+
+# Some 15 minutes. Each test prints what it has seen, the longest stall among it.
+torture:
+	@.ci/deps test bench
+	REPRISE_KILLS=1000 REPRISE_FIO_SECONDS=60 REPRISE_AWAY=60s $(GO) test -count=1 -v -timeout 40m -p 1 \
+		-run '^(TestKill|TestWrittenUnderKills|TestDaemonKills|TestDaemonUpgrades|TestSystemd|TestRegistryAway)$$' \
+		./backstore/device ./cmd/reprise 2>&1 | grep -v 'the child ended: starting it again'
 
 fuzz:
 	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' .ci/fuzz

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -119,7 +120,7 @@ func TestEqualMissesMeetOnce(t *testing.T) {
 	origins := make(chan Origin, 8)
 	for range 8 {
 		go func() {
-			from, err := b.ensure(4096, 100)
+			from, err := b.ensure(4096, 100, patience{})
 			if err != nil {
 				t.Error(err)
 			}
@@ -197,6 +198,7 @@ func TestPresenceSurvivesReopening(t *testing.T) {
 		p, err := os.ReadFile(maps[0])
 		require.NoError(t, err)
 		require.NoError(t, os.WriteFile(maps[0], spoil(p), 0o600))
+		require.NoError(t, os.Remove(strings.TrimSuffix(maps[0], mapSuffix)+liveSuffix))
 		before := o.requests.Load()
 		read()
 		require.Greater(t, o.requests.Load(), before, "a bad map is not trusted")
@@ -213,7 +215,7 @@ func TestFailedFetches(t *testing.T) {
 		}
 		return nil
 	}
-	c := openTestCache(t, t.TempDir(), CacheOptions{RetryFor: 10 * time.Second})
+	c := openTestCache(t, t.TempDir(), CacheOptions{})
 	b := openTestBlob(t, c, o)
 	defer b.Close()
 	p := make([]byte, 100)

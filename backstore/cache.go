@@ -41,9 +41,14 @@ type CacheOptions struct {
 	ChunkSize int64
 	// FlushEvery is how often presence is written down, 3 s by default.
 	FlushEvery time.Duration
-	// RetryFor is how long a demand read goes on after failing fetches, 60 s
-	// by default.
+	// RetryFor is how long opening an image goes on after failing fetches,
+	// 60 s by default.
 	RetryFor time.Duration
+	// Outage is how long a read of an open image goes on trying while its
+	// registry cannot be reached, hangs, or answers that it is overloaded or
+	// broken: 0, the default, for ever, which is until the image is closed; a
+	// negative time for no longer than it takes to be sure, some seconds.
+	Outage time.Duration
 	// Log receives warnings, slog.Default() by default.
 	Log *slog.Logger
 }
@@ -65,9 +70,10 @@ func (o *CacheOptions) fill() (CacheOptions, error) {
 }
 
 // A Cache keeps the chunks of remote blobs in a directory, one sparse data
-// file and one presence map a blob digest, and owns the fetch schedule of the
-// process. Presence is written down in batches after the data was synced;
-// after a crash only what was written down is trusted.
+// file and two maps a blob digest, and owns the fetch schedule of the process.
+// A process that is killed loses nothing of what it has fetched: the live map
+// is the kernel's. After a crash of the machine only the presence map is
+// trusted, which is written in batches after the data was synced.
 type Cache struct {
 	dir string
 	o   CacheOptions
@@ -154,12 +160,17 @@ func (c *Cache) open(d digest.Digest, size int64, f Fetcher) (*Blob, error) {
 		return nil, err
 	}
 	path := filepath.Join(dir, d.Encoded())
-	file, err := openShared(path + dataSuffix)
+	file, making, err := openShared(path + dataSuffix)
 	if err != nil {
 		return nil, err
 	}
-	b := newBlob(c, d, size, f, file, path+mapSuffix)
-	if err := b.load(); err != nil {
+	b := newBlob(c, d, size, f, file, path)
+	err = b.load(making)
+	if err == nil && making {
+		err = lockByte(file, lockMaking, unix.F_UNLCK, 1)
+	}
+	if err != nil {
+		b.live.unmap()
 		_ = file.Close()
 		return nil, err
 	}
@@ -170,7 +181,7 @@ func (c *Cache) open(d digest.Digest, size int64, f Fetcher) (*Blob, error) {
 func (c *Cache) link(host string) *link {
 	l := c.links[host]
 	if l == nil {
-		l = newLink(host)
+		l = newLink(host, c.o.Log)
 		c.links[host] = l
 	}
 	return l
@@ -214,6 +225,7 @@ func (c *Cache) maintain() {
 			if err := b.flush(); err != nil {
 				c.o.Log.Warn("cache: write presence map", "blob", b.digest, "err", err)
 			}
+			b.markUsed()
 			b.wg.Done()
 		}
 		if err := c.trim(); err != nil {
@@ -278,8 +290,10 @@ func (c *Cache) usage() (total int64, idle []idleFile, err error) {
 		}
 		base := name[:len(name)-len(dataSuffix)]
 		f := idleFile{path: base, bytes: st.Blocks * 512}
-		if fi, err := os.Stat(base + mapSuffix); err == nil {
-			f.used = fi.ModTime()
+		for _, suffix := range []string{mapSuffix, liveSuffix} {
+			if fi, err := os.Stat(base + suffix); err == nil && fi.ModTime().After(f.used) {
+				f.used = fi.ModTime()
+			}
 		}
 		idle = append(idle, f)
 	}
@@ -294,11 +308,11 @@ func (c *Cache) remove(path string) bool {
 		return errors.Is(err, os.ErrNotExist)
 	}
 	defer f.Close()
-	if lockFile(f, unix.F_WRLCK, false) != nil {
+	if lockFile(f, unix.F_WRLCK) != nil {
 		return false
 	}
-	_ = os.Remove(path + mapSuffix)
-	return os.Remove(path+dataSuffix) == nil
+	// The data last: no map may be left for data that are not there.
+	return removeFiles(path+liveSuffix, path+mapSuffix, path+dataSuffix) == nil
 }
 
 // trimOpen frees about n bytes from open blobs, their coldest regions first.

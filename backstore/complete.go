@@ -76,7 +76,7 @@ func (im *Image) completeLayer(ctx context.Context, layer int, rate int64) error
 	}
 	if !b.Complete() { // a flight of somebody else was passed by
 		for off := int64(0); off < b.size; off += maxPiece {
-			if _, err := b.ensureExact(off, min(maxPiece, b.size-off)); err != nil {
+			if _, err := b.ensureExact(off, min(maxPiece, b.size-off), newPatience(b.cache.o.RetryFor)); err != nil {
 				return err
 			}
 		}

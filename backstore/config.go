@@ -2,6 +2,7 @@ package backstore
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -128,38 +129,30 @@ func (l ConfigLayer) path() (string, error) {
 }
 
 // OpenUpper opens the writable layer that the configuration names, nil if it
-// names none. A sparse one has an empty index file, or none.
+// names none. A sparse one has an empty index file, or none; its discard log is
+// beside it, see [OpenUpper].
 func (c *Config) OpenUpper() (*lsmt.Writable, error) {
 	if c.Upper.Data == "" {
 		return nil, nil
 	}
-	data, err := os.OpenFile(c.Upper.Data, os.O_RDWR, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open upper layer: %w", err)
-	}
-	w, err := c.openUpper(data)
-	if err != nil {
-		_ = data.Close()
-		return nil, fmt.Errorf("open upper layer %s: %w", c.Upper.Data, err)
-	}
-	return w, nil
-}
-
-func (c *Config) openUpper(data *os.File) (*lsmt.Writable, error) {
 	if c.Upper.Index == "" {
-		return lsmt.OpenSparse(data)
+		return OpenUpper(c.Upper.Data)
 	}
 	index, err := os.OpenFile(c.Upper.Index, os.O_RDWR, 0)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("open upper layer: %w", err)
 	}
 	if fi, err := index.Stat(); err == nil && fi.Size() == 0 {
 		_ = index.Close()
-		return lsmt.OpenSparse(data)
+		return OpenUpper(c.Upper.Data)
+	}
+	data, err := os.OpenFile(c.Upper.Data, os.O_RDWR, 0)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open upper layer: %w", err), index.Close())
 	}
 	w, err := lsmt.OpenAppend(data, index)
 	if err != nil {
-		_ = index.Close()
+		return nil, fmt.Errorf("open upper layer %s: %w", c.Upper.Data, errors.Join(err, index.Close(), data.Close()))
 	}
-	return w, err
+	return w, nil
 }

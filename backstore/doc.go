@@ -23,8 +23,28 @@
 // Several processes may share one cache directory: they fetch on their own but
 // find what the others have written.
 //
+// # A registry that is away
+//
+// A read of an open image goes on trying while its registry cannot be reached,
+// hangs, or answers that it is overloaded or broken, for as long as
+// [CacheOptions].Outage says. All images of the process that read from a host
+// share one view of it: while it is away one request at a time is sent to find
+// out, 2 s apart at most, and the first that succeeds lets the others go on, a
+// few for each success. A request of which nothing is heard is left waiting and
+// another one sent beside it. Definite answers (401, 403, 404, other bytes than
+// the digest says) fail at once. [Image.Waiting] and [Image.Explain] tell what
+// is waited for; that an outage begins, lasts and ends is logged.
+//
+// # Processes that are killed
+//
+// A process that is killed loses nothing: what it has fetched is in the cache
+// of whoever opens the same blobs next, with what opening them reads, so that
+// an image that was open once can be opened again without its registry. What
+// was written to an upper layer made by [CreateUpper] is found by [OpenUpper].
+//
 // # Closing
 //
 // Close images first, then the cache. Closing an image ends the reads that
-// wait for its blobs with an error, then waits for its goroutines.
+// wait for its blobs with an error, then waits for its goroutines, but not for
+// a registry.
 package backstore

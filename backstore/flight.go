@@ -2,16 +2,12 @@ package backstore
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
-	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 const (
@@ -21,30 +17,57 @@ const (
 
 type span struct{ off, end int64 }
 
-// flight is one request to the origin for chunks [off, end) in bytes, end cut
-// at the blob's size.
+// flight is chunks [off, end) in bytes, end cut at the blob's size, on their
+// way from the origin. It takes one request if all goes well, and goes on
+// asking, for as long as a demand read waits for it, if not.
 type flight struct {
+	blob     digest.Digest
 	off, end int64
 	lane     Lane
+	aside    []byte // where the bytes go instead of the cache, if not nil
 
 	mu       sync.Mutex // guards the fields below
 	pos      int64      // readable up to here
 	wanted   int        // demand reads that wait for it
+	since    time.Time  // when the first of them began
 	progress chan struct{}
+	attempts int       // requests sent
+	failures int       // failed ones since the last progress
+	failing  time.Time // when the first of these was begun
+	last     error     // of these
 	err      error
 	done     bool
 }
 
-func newFlight(off, end int64, lane Lane) *flight {
-	return &flight{off: off, end: end, lane: lane, pos: off, progress: make(chan struct{})}
+func newFlight(b *Blob, off, end int64, lane Lane) *flight {
+	return &flight{blob: b.digest, off: off, end: end, lane: lane, pos: off, progress: make(chan struct{})}
+}
+
+// signal wakes those who wait. f.mu is held.
+func (f *flight) signal() {
+	close(f.progress)
+	f.progress = make(chan struct{})
 }
 
 func (f *flight) advance(pos int64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pos = pos
-	close(f.progress)
-	f.progress = make(chan struct{})
+	f.failures, f.failing, f.last = 0, time.Time{}, nil
+	f.signal()
+}
+
+// failed notes the failure of an attempt begun at that time, and returns how
+// many there have been in a row.
+func (f *flight) failed(begun time.Time, err error) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.failures++; f.failures == 1 {
+		f.failing = begun
+	}
+	f.last = err
+	f.signal()
+	return f.failures
 }
 
 func (f *flight) finish(err error) {
@@ -54,23 +77,62 @@ func (f *flight) finish(err error) {
 	close(f.progress)
 }
 
-// wait returns once the flight has passed need, or has failed before it.
-func (f *flight) wait(need int64) error {
+// claim says that a demand read is going to wait for the flight; wait or
+// disclaim ends that.
+func (f *flight) claim() {
 	f.mu.Lock()
-	f.wanted++
+	defer f.mu.Unlock()
+	if f.wanted++; f.wanted == 1 {
+		f.since = time.Now()
+	}
+}
+
+func (f *flight) disclaim() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wanted--
+}
+
+// wait returns once the flight has passed need, has failed before it, patience
+// has come to its end, which gaveUp says, or ctx has. The caller has claimed it.
+func (f *flight) wait(ctx context.Context, need int64, p patience) (gaveUp bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	defer func() { f.wanted-- }()
 	for f.pos < need && !f.done {
+		left, bounded := p.left(f.failing)
+		if bounded && left <= 0 {
+			return true, f.error(f.last)
+		}
 		ch := f.progress
 		f.mu.Unlock()
-		<-ch
+		err := await(ctx, ch, left, bounded)
 		f.mu.Lock()
+		if err != nil {
+			return true, err
+		}
 	}
-	f.wanted--
-	err := f.err
 	if f.pos >= need {
-		err = nil
+		return false, nil
 	}
-	f.mu.Unlock()
-	return err
+	return false, f.err
+}
+
+// await waits for ch, for no longer than d if bounded.
+func await(ctx context.Context, ch <-chan struct{}, d time.Duration, bounded bool) error {
+	var end <-chan time.Time
+	if bounded {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		end = t.C
+	}
+	select {
+	case <-ch:
+	case <-end:
+	case <-ctx.Done():
+		return errClosed
+	}
+	return nil
 }
 
 func (f *flight) isWanted() bool {
@@ -79,11 +141,18 @@ func (f *flight) isWanted() bool {
 	return f.wanted > 0
 }
 
-// waiting is a flight that a read has to wait for, up to an offset.
+// waiting is a flight that a read has to wait for, up to an offset. It is
+// claimed.
 type waiting struct {
 	f      *flight
 	need   int64
 	joined bool
+}
+
+func disclaim(ws []waiting) {
+	for _, w := range ws {
+		w.f.disclaim()
+	}
 }
 
 // begin makes sure that flights are under way for all of [off, off+n) that is
@@ -95,21 +164,21 @@ func (b *Blob) begin(ws []waiting, off, n int64) ([]waiting, error) {
 		return ws, fmt.Errorf("read blob %s: %w", b.digest, errClosed)
 	}
 	from, to := b.chunksOf(off, n)
+	b.learn(from, to)
 	for at := from; ; {
 		at = b.present.next(at, to, false)
 		if at >= to {
 			return ws, nil
 		}
 		pos := at * b.chunk
-		if f := b.flightAt(pos); f != nil {
-			end := min(f.end, min(to*b.chunk, b.size))
-			ws = append(ws, waiting{f, end, true})
-			at = (end + b.chunk - 1) / b.chunk
-			continue
+		f, joined := b.flightAt(pos), true
+		if f == nil {
+			f, joined = b.startDemand(pos, min(to*b.chunk, b.size)), false
+		} else {
+			f.claim()
 		}
-		f := b.startDemand(pos, min(to*b.chunk, b.size))
 		end := min(f.end, min(to*b.chunk, b.size))
-		ws = append(ws, waiting{f, end, false})
+		ws = append(ws, waiting{f, end, joined})
 		at = (end + b.chunk - 1) / b.chunk
 	}
 }
@@ -125,8 +194,8 @@ func (b *Blob) flightAt(off int64) *flight {
 }
 
 // startDemand starts the flight of a miss that needs [off, need): longer than
-// that where a reader goes on forward, never over what is here or under way.
-// b.mu is held.
+// that where a reader goes on forward, never over what is here or under way. It
+// is claimed. b.mu is held.
 func (b *Blob) startDemand(off, need int64) *flight {
 	end := max(need, off+b.runs.next(off, need, b.link.runLength()))
 	for _, s := range b.planned {
@@ -134,7 +203,10 @@ func (b *Blob) startDemand(off, need int64) *flight {
 			end = max(need, min(s.end, off+maxPiece))
 		}
 	}
-	return b.start(off, b.clip(off, end), Demand)
+	f := newFlight(b, off, b.clip(off, end), Demand)
+	f.claim() // before it can fail
+	b.start(f)
+	return f
 }
 
 // clip cuts [off, end) at the blob's end and at the first chunk that is
@@ -151,66 +223,71 @@ func (b *Blob) clip(off, end int64) int64 {
 }
 
 // start adds a flight and runs it. b.mu is held.
-func (b *Blob) start(off, end int64, lane Lane) *flight {
-	f := newFlight(off, end, lane)
+func (b *Blob) start(f *flight) {
 	b.flights = append(b.flights, f)
 	b.wg.Add(1)
 	go b.fly(f)
-	return f
+}
+
+// startAside starts a flight whose bytes go to p instead of the cache, and
+// claims it.
+func (b *Blob) startAside(p []byte, off int64) (*flight, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return nil, fmt.Errorf("read blob %s: %w", b.digest, errClosed)
+	}
+	f := newFlight(b, off, off+int64(len(p)), Demand)
+	f.aside = p
+	f.claim()
+	b.asides = append(b.asides, f)
+	b.wg.Add(1)
+	go b.fly(f)
+	return f, nil
 }
 
 // ensure brings [off, off+n) onto the node and says where it came from.
-func (b *Blob) ensure(off, n int64) (Origin, error) {
+func (b *Blob) ensure(off, n int64, p patience) (Origin, error) {
 	var buf [8]waiting
 	ws, err := b.begin(buf[:0], off, n)
 	if err != nil {
+		disclaim(ws)
 		return FromFetch, err
 	}
-	return b.finish(ws, off, n)
+	return b.finish(ws, off, n, p)
 }
 
-// finish waits for what begin has found. A flight that fails is tried again,
-// as the reader's own, until the cache's patience ends.
-func (b *Blob) finish(ws []waiting, off, n int64) (Origin, error) {
+// finish waits for what begin has found. Where a prefetch fails that was
+// joined, it is fetched again as the reader's own.
+func (b *Blob) finish(ws []waiting, off, n int64, p patience) (Origin, error) {
 	origin := FromFlight
-	deadline := time.Now().Add(b.cache.o.RetryFor)
-	for try := 0; ; try++ {
+	if len(ws) == 0 {
+		origin = FromCache // another process was faster
+	}
+	for {
 		var failed error
+		again := false // the failure was somebody else's
 		for _, w := range ws {
 			if !w.joined || w.f.lane == Demand {
 				origin = FromFetch
 			}
-			if err := w.f.wait(w.need); err != nil {
-				failed = err
+			if gaveUp, err := w.f.wait(b.ctx, w.need, p); err != nil {
+				failed, again = err, w.joined && !gaveUp
 			}
 		}
-		if failed == nil && b.has(off, n) {
+		switch {
+		case b.ctx.Err() != nil && (failed != nil || !b.has(off, n)):
+			return origin, fmt.Errorf("read blob %s: %w", b.digest, errClosed)
+		case failed == nil && b.has(off, n):
 			return origin, nil
-		}
-		if failed != nil && (!retryable(failed) || time.Now().After(deadline)) {
+		case failed != nil && (!retryable(failed) || !again):
 			return origin, failed
-		}
-		if failed != nil && try > 0 {
-			if err := b.pause(try); err != nil {
-				return origin, err
-			}
 		}
 		var err error
 		if ws, err = b.begin(ws[:0], off, n); err != nil {
+			disclaim(ws)
 			return origin, err
 		}
-	}
-}
-
-// pause backs off after the try-th failure.
-func (b *Blob) pause(try int) error {
-	t := time.NewTimer(min(100*time.Millisecond<<min(try, 6), 5*time.Second))
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return nil
-	case <-b.ctx.Done():
-		return fmt.Errorf("read blob %s: %w", b.digest, errClosed)
 	}
 }
 
@@ -219,143 +296,16 @@ func (b *Blob) fly(f *flight) {
 	defer b.wg.Done()
 	err := b.transfer(f)
 	b.mu.Lock()
-	b.flights = slices.DeleteFunc(b.flights, func(g *flight) bool { return g == f })
+	isThis := func(g *flight) bool { return g == f }
+	b.flights = slices.DeleteFunc(b.flights, isThis)
+	b.asides = slices.DeleteFunc(b.asides, isThis)
 	b.mu.Unlock()
 	if err != nil {
-		err = fmt.Errorf("fetch %d bytes at %d of blob %s: %w", f.end-f.off, f.off, b.digest, err)
+		err = f.error(err)
 	}
 	f.finish(err)
 }
 
-// transfer streams a flight into the cache.
-func (b *Blob) transfer(f *flight) error {
-	n := f.end - f.off
-	unread := int64(0) // admitted background bytes that are not paid back yet
-	if f.lane == Background {
-		unread = n
-		b.stats.backgroundRequests.Add(1)
-	} else {
-		select {
-		case b.link.demand <- struct{}{}:
-			defer func() { <-b.link.demand }()
-		case <-b.ctx.Done():
-			return errClosed
-		}
-		b.stats.demandRequests.Add(1)
-	}
-	b.link.started(f.lane)
-	defer func() { b.link.ended(f.lane, unread) }()
-	start := time.Now()
-	body, err := b.origin.Fetch(b.ctx, f.off, n, f.lane)
-	if err != nil {
-		return err
-	}
-	defer body.Close()
-	s := stream{b: b, f: f, body: body, start: start, unread: &unread}
-	return s.copy(b.ctx)
-}
-
-// stream is the body of a flight on its way to the cache.
-type stream struct {
-	b      *Blob
-	f      *flight
-	body   io.Reader
-	start  time.Time
-	unread *int64
-}
-
-var quanta = sync.Pool{New: func() any { return new([quantum]byte) }}
-
-func (s *stream) copy(ctx context.Context) error {
-	buf := quanta.Get().(*[quantum]byte)
-	defer quanta.Put(buf)
-	pos, kept := s.f.off, s.f.off // written, and of it readable
-	for pos < s.f.end {
-		if s.f.lane == Background && !s.f.isWanted() {
-			s.b.link.giveWay(ctx)
-		}
-		// What is left of a chunk stays in the file: only whole chunks count.
-		n, err := s.body.Read(buf[:min(int64(len(buf)), s.f.end-pos)])
-		if n > 0 {
-			if pos == s.f.off {
-				s.b.link.firstByte(time.Since(s.start))
-			}
-			if e := s.arrived(buf[:n], pos); e != nil {
-				return e
-			}
-			pos += int64(n)
-			kept = s.keep(kept, pos)
-		}
-		if err == io.EOF && pos < s.f.end {
-			err = io.ErrUnexpectedEOF
-		}
-		if err != nil && err != io.EOF {
-			return err
-		}
-	}
-	return nil
-}
-
-// arrived writes bytes into the cache file and accounts for them.
-func (s *stream) arrived(p []byte, pos int64) error {
-	n := int64(len(p))
-	back := int64(0)
-	if s.f.lane == Background {
-		back = n
-		*s.unread -= n
-		s.b.stats.backgroundBytes.Add(n)
-	} else {
-		s.b.stats.demandBytes.Add(n)
-	}
-	s.b.link.received(n, back)
-	if _, err := s.b.file.WriteAt(p, pos); err != nil {
-		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-			return fmt.Errorf("%w: %w", errNoSpace, err)
-		}
-		return err
-	}
-	return nil
-}
-
-// keep makes the whole chunks of [kept, pos) readable and returns their end.
-func (s *stream) keep(kept, pos int64) int64 {
-	end := pos
-	if pos < s.b.size {
-		end = pos / s.b.chunk * s.b.chunk
-	}
-	if end <= kept {
-		return kept
-	}
-	from, to := s.b.chunksOf(kept, end-kept)
-	if s.f.lane == Background {
-		s.b.ahead.addAll(from, to)
-	}
-	s.b.mu.Lock()
-	s.b.present.addAll(from, to)
-	s.b.dirty = true
-	s.b.mu.Unlock()
-	s.b.touch(kept, end-kept)
-	s.f.advance(end)
-	return end
-}
-
-// errClosed ends reads of a blob that is being closed.
-var errClosed = fmt.Errorf("backstore: %w", io.ErrClosedPipe)
-
-// retryable reports whether a failed fetch may succeed when tried again: not
-// what the origin has refused, nor what this node lacks.
-func retryable(err error) bool {
-	var answer interface{ Permanent() bool }
-	if errors.As(err, &answer) && answer.Permanent() {
-		return false
-	}
-	for _, final := range []error{
-		os.ErrNotExist, errors.ErrUnsupported, errdefs.ErrUnauthenticated, errdefs.ErrPermissionDenied,
-		errNoSpace, context.Canceled, errClosed,
-	} {
-		if errors.Is(err, final) {
-			return false
-		}
-	}
-	return true
+func (f *flight) error(cause error) error {
+	return fmt.Errorf("fetch %d bytes at %d of blob %s: %w", f.end-f.off, f.off, f.blob, cause)
 }

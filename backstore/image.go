@@ -49,6 +49,7 @@ func OpenImage(ctx context.Context, sources []LayerSource) (*Image, error) {
 		sealed[i] = l.sealed
 	}
 	im := &Image{layers: layers, opened: time.Now()}
+	im.settle()
 	if im.index, err = lsmt.Merge(sealed); err == nil {
 		im.size = lsmt.VirtualSize(sealed)
 	}
@@ -63,8 +64,11 @@ func OpenImage(ctx context.Context, sources []LayerSource) (*Image, error) {
 }
 
 // Writable makes an image that reads from upper first and writes to it. The
-// image takes upper over.
-func (im *Image) Writable(upper *lsmt.Writable) { im.upper = upper }
+// image takes upper over. It is to be called before the image is used.
+func (im *Image) Writable(upper *lsmt.Writable) {
+	upper.SetBelow(below{im})
+	im.upper = upper
+}
 
 // Size returns the size of the device in bytes.
 func (im *Image) Size() int64 { return im.size }
@@ -90,16 +94,16 @@ func (im *Image) SetObserver(o Observer) {
 	im.observer.Store(&o)
 }
 
-// Close ends reads that wait, with an error, and releases layers and blobs.
+// Close ends reads that wait, with an error, and releases layers and blobs. It
+// does not wait for a registry: only for the disk, and at most 2 s for fetches
+// to notice that they are cancelled.
 func (im *Image) Close() error {
 	im.closing.Do(func() {
 		var errs []error
 		if im.upper != nil {
 			errs = append(errs, im.upper.Close())
 		}
-		for _, l := range im.layers {
-			errs = append(errs, l.close())
-		}
+		errs = append(errs, closeLayers(im.layers))
 		if err := errors.Join(errs...); err != nil {
 			im.err = fmt.Errorf("close image: %w", err)
 		}
@@ -158,6 +162,13 @@ type segWait struct {
 	wait time.Duration
 }
 
+// disclaim gives up what is not waited for after all.
+func (s *scratch) disclaim() {
+	for _, w := range s.waits {
+		disclaim(w.ws)
+	}
+}
+
 var scratches = sync.Pool{New: func() any { return new(scratch) }}
 
 // ReadAt reads the device. off and len(p) need not be aligned.
@@ -169,11 +180,7 @@ func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 	if short {
 		p = p[:im.size-off]
 	}
-	s := scratches.Get().(*scratch)
-	err := im.read(s, p, off)
-	s.segs, s.waits = s.segs[:0], s.waits[:0]
-	scratches.Put(s)
-	if err != nil {
+	if err := im.readWith(im.lookup, p, off); err != nil {
 		return 0, fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
 	}
 	if short {
@@ -182,10 +189,16 @@ func (im *Image) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-func (im *Image) read(s *scratch, p []byte, off int64) error {
+// readWith reads what lookup says is at off.
+func (im *Image) readWith(lookup func([]lsmt.Segment, int64, int64) []lsmt.Segment, p []byte, off int64) error {
+	s := scratches.Get().(*scratch)
+	defer func() {
+		s.segs, s.waits = s.segs[:0], s.waits[:0]
+		scratches.Put(s)
+	}()
 	lo := off &^ (lsmt.SectorSize - 1)
 	hi := (off + int64(len(p)) + lsmt.SectorSize - 1) &^ (lsmt.SectorSize - 1)
-	s.segs = im.lookup(s.segs[:0], lo, min(hi, im.size)-lo)
+	s.segs = lookup(s.segs[:0], lo, min(hi, im.size)-lo)
 	start := time.Since(im.opened)
 	if err := im.gather(s); err != nil {
 		return err
@@ -216,6 +229,8 @@ func (im *Image) gather(s *scratch) error {
 		}
 		ws, err := l.blob.begin(nil, bo, bn)
 		if err != nil {
+			disclaim(ws)
+			s.disclaim()
 			return err
 		}
 		s.waits = append(s.waits, segWait{seg: i, b: l.blob, off: bo, n: bn, ws: ws})
@@ -227,11 +242,12 @@ func (im *Image) gather(s *scratch) error {
 	for i := range s.waits {
 		w := &s.waits[i]
 		begin := time.Now()
-		from, err := w.b.finish(w.ws, w.off, w.n)
-		if err != nil && !errors.Is(err, errNoSpace) { // without space it is read around the cache
+		from, err := w.b.finish(w.ws, w.off, w.n, newPatience(w.b.cache.o.Outage))
+		w.from, w.wait, w.ws = from, time.Since(begin), nil
+		if err != nil && !errors.Is(err, errNotKept) { // which is read around the cache
+			s.disclaim()
 			return err
 		}
-		w.from, w.wait, w.ws = from, time.Since(begin), nil
 	}
 	return nil
 }

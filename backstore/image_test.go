@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -265,21 +266,23 @@ func TestDemandJoinsAPrefetch(t *testing.T) {
 // A replay whose every request fails leaves a lazy start.
 func TestFailingPrefetchHarmsNoRead(t *testing.T) {
 	model := bigImage(t)
-	im := model.open(t, openTestCache(t, t.TempDir(), CacheOptions{}))
-	broken := errors.New("broken")
-	model.origins[0].before = func(_, _ int64, l Lane) error {
-		if l == Background {
-			return broken
+	synctest.Test(t, func(t *testing.T) {
+		im := model.open(t, openTestCache(t, t.TempDir(), CacheOptions{}))
+		broken := errors.New("broken")
+		model.origins[0].before = func(_, _ int64, l Lane) error {
+			if l == Background {
+				return broken
+			}
+			return nil
 		}
-		return nil
-	}
-	got, err := im.Prefetch(t.Context(), []Want{{Off: 0, Len: 1 << 20}, {Off: 2 << 20, Len: 1 << 20}}, nil)
-	require.ErrorIs(t, err, broken)
-	require.Equal(t, 2, got.Failed)
-	p := make([]byte, testDevice)
-	_, err = im.ReadAt(p, 0)
-	require.NoError(t, err)
-	require.True(t, bytes.Equal(model.device, p))
+		got, err := im.Prefetch(t.Context(), []Want{{Off: 0, Len: 1 << 20}, {Off: 2 << 20, Len: 1 << 20}}, nil)
+		require.ErrorIs(t, err, broken)
+		require.Equal(t, 2, got.Failed)
+		p := make([]byte, testDevice)
+		_, err = im.ReadAt(p, 0)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(model.device, p))
+	})
 }
 
 func TestBadBlockIsFetchedAgain(t *testing.T) {
@@ -391,6 +394,51 @@ func TestWritableImage(t *testing.T) {
 	_, err = im.ReadAt(all, 0)
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(model.device, all))
+}
+
+// TestUpperSurvivesKills changes a writable image by the sector, opens it again
+// and again as a killed process has left it, and commits.
+func TestUpperSurvivesKills(t *testing.T) {
+	model := newTestImage(t, 2, nil)
+	dir := t.TempDir()
+	path := filepath.Join(dir, "upper")
+	w, err := CreateUpper(path, testDevice)
+	require.NoError(t, err)
+	c := openTestCache(t, filepath.Join(dir, "cache"), CacheOptions{})
+	im := model.open(t, c)
+	im.Writable(w)
+	all := make([]byte, testDevice)
+	r := rand.New(rand.NewPCG(5, 5))
+	for round := range 6 {
+		for range 150 {
+			n := (1 + r.Int64N(1+r.Int64N(40))) * 512
+			off := r.Int64N((testDevice-n)/512) * 512
+			p := model.device[off : off+n]
+			if r.IntN(3) == 0 {
+				clear(p)
+				require.NoError(t, im.Discard(off, n))
+				continue
+			}
+			for i := range p {
+				p[i] = byte(round + 10)
+			}
+			_, err := im.WriteAt(p, off)
+			require.NoError(t, err)
+		}
+		im = model.open(t, c)
+		w, err = OpenUpper(path)
+		require.NoError(t, err)
+		im.Writable(w)
+		_, err = im.ReadAt(all, 0)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(model.device, all), "round %d", round)
+	}
+	var committed bytes.Buffer
+	require.NoError(t, w.Commit(t.Context(), &committed, lsmt.CommitOptions{}))
+	model.origins = append(model.origins, &origin{data: committed.Bytes()})
+	_, err = model.open(t, c).ReadAt(all, 0)
+	require.NoError(t, err)
+	require.True(t, bytes.Equal(model.device, all), "committed")
 }
 
 func TestComplete(t *testing.T) {

@@ -2,9 +2,12 @@ package backstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
+	"sync"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
@@ -47,13 +50,15 @@ type LayerInfo struct {
 
 // layer is one open layer of an image.
 type layer struct {
-	info   LayerInfo
-	blob   *Blob    // nil for a file
-	file   *os.File // nil for a blob
-	z      *zfile.Reader
-	base   int64       // where a bare LSMT file starts in the blob
-	raw    io.ReaderAt // layer space
-	sealed *lsmt.Layer
+	info LayerInfo
+	blob *Blob    // nil for a file
+	file *os.File // nil for a blob
+	z    *zfile.Reader
+	// opening is what raw reads, where that is a blob.
+	opening *opening
+	base    int64       // where a bare LSMT file starts in the blob
+	raw     io.ReaderAt // layer space
+	sealed  *lsmt.Layer
 }
 
 // openLayers opens all sources at once, bottom first.
@@ -74,7 +79,7 @@ func openLayers(ctx context.Context, sources []LayerSource) ([]*layer, error) {
 	if err := g.Wait(); err != nil {
 		for i, l := range layers {
 			if l != nil {
-				l.close()
+				_ = l.close()
 			} else if b := sources[i].Blob; b != nil {
 				_ = b.Close()
 			}
@@ -91,7 +96,8 @@ func openLayer(ctx context.Context, s LayerSource) (*layer, error) {
 	if s.Blob != nil {
 		l.info.Digest, l.info.Size = s.Blob.digest, s.Blob.size
 		l.info.Name = string(s.Blob.digest)
-		at = s.Blob
+		l.opening = &opening{b: s.Blob}
+		at = l.opening
 		if err := s.Blob.fetchTail(ctx, s.Tail); err != nil {
 			return nil, fmt.Errorf("%s: %w", l.info.Name, err)
 		}
@@ -112,6 +118,9 @@ func openLayer(ctx context.Context, s LayerSource) (*layer, error) {
 	if err != nil && s.Blob != nil {
 		err = l.reopen(ctx, s)
 	}
+	if err == nil && s.Blob != nil {
+		l.pin()
+	}
 	if err != nil {
 		if l.file != nil {
 			_ = l.file.Close()
@@ -127,7 +136,7 @@ func (l *layer) reopen(ctx context.Context, s LayerSource) error {
 	s.Blob.Invalidate(0, s.Blob.size)
 	err := s.Blob.fetchTail(ctx, s.Tail)
 	if err == nil {
-		err = l.open(s.Blob)
+		err = l.open(l.opening)
 	}
 	if err != nil {
 		s.Blob.Invalidate(0, s.Blob.size)
@@ -175,7 +184,7 @@ func (b *Blob) fetchTail(ctx context.Context, known int64) error {
 	b.wg.Add(1)
 	go func() {
 		defer b.wg.Done()
-		_, err := b.ensureExact(b.size-n, n)
+		_, err := b.ensureExact(b.size-n, n, newPatience(b.cache.o.RetryFor))
 		done <- err
 	}()
 	select {
@@ -192,6 +201,51 @@ func (l *layer) blobRange(off, n int64) (int64, int64) {
 		return l.z.CompressedRange(off, n)
 	}
 	return l.base + off, n
+}
+
+// pin keeps what opening the layer reads, so that it can be opened again while
+// its registry is away.
+func (l *layer) pin() {
+	off, _ := l.sealed.IndexRange() // the trailer is behind it
+	at, _ := l.blobRange(off, l.info.Decoded-off)
+	l.blob.pin(at, l.blob.size)
+	if l.z == nil { // a bare LSMT file is told by its beginning
+		l.blob.pin(0, l.base+1)
+	}
+}
+
+// opening reads a blob for one that opens it, with the patience of that until
+// it is done.
+type opening struct {
+	b    *Blob
+	done atomic.Bool
+}
+
+func (o *opening) ReadAt(p []byte, off int64) (int, error) {
+	if o.done.Load() {
+		return o.b.ReadAt(p, off)
+	}
+	return o.b.readAt(p, off, o.b.cache.o.RetryFor)
+}
+
+// settle ends the opening of the layers.
+func (im *Image) settle() {
+	for _, l := range im.layers {
+		if l.opening != nil {
+			l.opening.done.Store(true)
+		}
+	}
+}
+
+// closeLayers closes all at once.
+func closeLayers(layers []*layer) error {
+	errs := make([]error, len(layers))
+	var wg sync.WaitGroup
+	for i, l := range layers {
+		wg.Go(func() { errs[i] = l.close() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
 }
 
 func (l *layer) close() error {

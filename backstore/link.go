@@ -2,6 +2,7 @@ package backstore
 
 import (
 	"context"
+	"log/slog"
 	"sync"
 	"time"
 )
@@ -25,6 +26,7 @@ const (
 type link struct {
 	host   string
 	demand chan struct{} // a slot a demand fetch
+	outage outage
 
 	mu      sync.Mutex
 	rtt     time.Duration // least time to first byte, forgetting upwards
@@ -44,8 +46,11 @@ type admission struct {
 	ok chan struct{}
 }
 
-func newLink(host string) *link {
-	return &link{host: host, demand: make(chan struct{}, maxDemand), calm: make(chan struct{})}
+func newLink(host string, log *slog.Logger) *link {
+	return &link{
+		host: host, demand: make(chan struct{}, maxDemand), calm: make(chan struct{}),
+		outage: outage{host: host, log: log},
+	}
 }
 
 // Estimate is what the process has measured of a registry host.
@@ -185,8 +190,8 @@ func (l *link) measured(bw float64) {
 	}
 }
 
-// ended notes the end of a fetch; unread admitted bytes are paid back.
-func (l *link) ended(lane Lane, unread int64) {
+// ended notes the end of a fetch.
+func (l *link) ended(lane Lane) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.streams--
@@ -196,7 +201,6 @@ func (l *link) ended(lane Lane, unread int64) {
 			l.calm = make(chan struct{})
 		}
 	}
-	l.bgOut -= unread
 	l.advance()
 }
 

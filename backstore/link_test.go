@@ -13,7 +13,7 @@ import (
 // measuredLink is a link of which 10 ms and 100 MB/s are known: a window of
 // 1.5 MB.
 func measuredLink() *link {
-	l := newLink("test")
+	l := newLink("test", quiet)
 	l.rtt, l.bw = 10*time.Millisecond, 100e6
 	return l
 }
@@ -55,7 +55,8 @@ func TestAdmissionCanBeCancelled(t *testing.T) {
 		require.ErrorIs(t, <-got, context.Canceled)
 		require.Empty(t, l.queue)
 		l.started(Background)
-		l.ended(Background, 5e6) // nothing of it was read
+		l.ended(Background)
+		l.received(0, 5e6) // nothing of it was read
 		require.Zero(t, l.bgOut)
 	})
 }
@@ -74,7 +75,7 @@ func TestBackgroundGivesWay(t *testing.T) {
 		require.Equal(t, quantumPause, waited(), "demand lasts: go on slowly")
 		go func() {
 			time.Sleep(3 * time.Millisecond)
-			l.ended(Demand, 0)
+			l.ended(Demand)
 		}()
 		require.Equal(t, 3*time.Millisecond, waited(), "demand has ended: go on")
 		require.Greater(t, l.window(), full, "the window is smaller while demand is fetched")
@@ -83,7 +84,7 @@ func TestBackgroundGivesWay(t *testing.T) {
 
 func TestLinkIsMeasured(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLink("test")
+		l := newLink("test", quiet)
 		require.EqualValues(t, guessBandwidth*guessRTT.Seconds(), l.bdp(), "guesses at first")
 		for range 20 { // 10 MB/s in pieces of 64 KiB, 30 ms away
 			l.started(Demand)
@@ -93,7 +94,7 @@ func TestLinkIsMeasured(t *testing.T) {
 				time.Sleep(6554 * time.Microsecond)
 				l.received(quantum, 0)
 			}
-			l.ended(Demand, 0)
+			l.ended(Demand)
 		}
 		e := l.estimate()
 		require.Equal(t, 30*time.Millisecond, e.RTT)

@@ -22,7 +22,34 @@ import (
 //
 // It is replaced as a whole, after the data it speaks of has been synced. A
 // map that does not fit its blob, in any way, counts as empty.
+//
+// The live map says the same of this boot of the machine, up to the moment. It
+// is mapped by every process that has the blob open: a process that is killed
+// leaves it as it was, and others see a chunk as soon as one has fetched it.
+// Integers are little-endian, the words of the set in the machine's byte order:
+//
+//	0   8  magic "RPRSLIV\1"
+//	8   8  size of the blob in bytes
+//	16  8  device number of the data file's file system
+//	24  8  inode number of the data file
+//	32  8  when the data file was made, in nanoseconds since 1970; 0 unknown
+//	40  16 boot id, /proc/sys/kernel/random/boot_id
+//	56  4  chunk size in bytes
+//	60  4  CRC-32C of the header before this field
+//	64  …  one bit a chunk, chunk 0 in the lowest bit of the first 64-bit word
+//
+// A bit is set, atomically, once the chunk's bytes have been written to the
+// data file, and cleared before they are taken away. Where all of the header is
+// as expected the live map alone is trusted and the presence map is not;
+// otherwise it is made anew of the presence map. A file that is there is only
+// replaced by a process that has the blob open alone; one that finds another's
+// goes without, and removes it before it takes bytes away. Nothing is promised
+// where a file system loses what was not synced though the machine goes on.
 const (
+	liveMagic  = "RPRSLIV\x01"
+	liveHeader = 64
+	liveSuffix = ".live"
+
 	mapMagic      = "RPRSMAP\x01"
 	mapHeader     = 32
 	mapVerified   = 1

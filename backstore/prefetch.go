@@ -196,6 +196,7 @@ func (b *Blob) missing(off, end, gap int64) (span, bool) {
 	defer b.mu.Unlock()
 	from, to := b.chunksOf(off, end-off)
 	to = min(to, b.chunks)
+	b.learn(from, to)
 	first := b.nextMissing(from, to)
 	if first >= to {
 		return span{}, false
@@ -270,19 +271,24 @@ func (b *Blob) startBackground(ctx context.Context, s span) (*flight, error) {
 	}
 	b.link.received(0, s.end-end)
 	b.planned = slices.DeleteFunc(b.planned, func(q span) bool { return q.off >= s.off && q.end <= end })
-	return b.start(s.off, end, Background), nil
+	f := newFlight(b, s.off, end, Background)
+	b.start(f)
+	return f, nil
 }
 
 // ensureExact brings [off, off+n) onto the node without fetching more.
-func (b *Blob) ensureExact(off, n int64) (Origin, error) {
+func (b *Blob) ensureExact(off, n int64, p patience) (Origin, error) {
 	b.mu.Lock()
 	if !b.closed {
 		from, to := b.chunksOf(off, n)
 		to = min(to, b.chunks)
 		if first := b.nextMissing(from, to); first < to {
-			b.start(first*b.chunk, min(b.nextHeld(first, to)*b.chunk, b.size), Demand)
+			f := newFlight(b, first*b.chunk, min(b.nextHeld(first, to)*b.chunk, b.size), Demand)
+			f.claim()
+			defer f.disclaim()
+			b.start(f)
 		}
 	}
 	b.mu.Unlock()
-	return b.ensure(off, n)
+	return b.ensure(off, n, p)
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"runtime"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -359,7 +360,8 @@ func (c *conversion) remoteSource(s *backstore.LayerSource, k int) error {
 		if l.dir, err = os.MkdirTemp(c.o.Workdir, "reprise-convert-"); err != nil {
 			return err
 		}
-		if l.cache, err = backstore.OpenCache(l.dir, nil); err != nil {
+		// A conversion fails where its source stays away.
+		if l.cache, err = backstore.OpenCache(l.dir, &backstore.CacheOptions{Outage: time.Minute}); err != nil {
 			return err
 		}
 	}

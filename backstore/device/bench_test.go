@@ -1,6 +1,7 @@
 package device_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -51,10 +52,19 @@ type contender struct {
 var contenders = []contender{
 	{"native loop, direct I/O on", func(b *testing.B, file string) string { return losetup(b, file, "on") }},
 	{"native loop, direct I/O off", func(b *testing.B, file string) string { return losetup(b, file, "off") }},
+	{"fuse+loop, file read by the kernel", func(b *testing.B, file string) string { return attachBacking(b, file) }},
 	{"fuse+loop, raw file", func(b *testing.B, file string) string { return attachFile(b, file, 0) }},
 	{"fuse+loop, raw file O_DIRECT", func(b *testing.B, file string) string { return attachFile(b, file, unix.O_DIRECT) }},
 	{"fuse+loop, memory", func(b *testing.B, _ string) string { return attachBench(b, filledMemory()) }},
 	{"fuse+loop, lz4 layers", func(b *testing.B, file string) string { return attachBench(b, lz4Image(b, filepath.Dir(file))) }},
+}
+
+// reported are the contenders whose ratios are the benchmark's metrics, with
+// the metrics' names.
+var reported = map[string]string{
+	"fuse+loop, file read by the kernel": "kernel",
+	"fuse+loop, raw file":                "raw",
+	"fuse+loop, lz4 layers":              "lz4",
 }
 
 // job is a fio job.
@@ -83,18 +93,15 @@ func filledMemory() memory {
 	return m
 }
 
-// lz4Image is an image of two local layers of lz4 blocks of 4 KiB. Their
-// content compresses to about a half, as programs do.
+// lz4Image is an image of two local layers of lz4 blocks of 4 KiB that hold a
+// program, this one, again and again.
 func lz4Image(b *testing.B, dir string) *backstore.Image {
 	b.Helper()
-	r := rand.New(rand.NewPCG(5, 6))
-	content := make([]byte, benchSize)
-	devicetest.Fill(r, content)
-	for i := range content {
-		if i%64 >= 28 {
-			content[i] = byte(i % 7)
-		}
+	program, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		b.Fatal(err)
 	}
+	content := bytes.Repeat(program, benchSize/len(program)+1)[:benchSize]
 	var sources []backstore.LayerSource
 	for _, part := range [][2]int64{{0, benchSize}, {benchSize / 4, benchSize / 2}} {
 		sources = append(sources, backstore.LayerSource{Path: lz4Layer(b, dir, content, part[0], part[1])})
@@ -143,13 +150,19 @@ type sample struct {
 	iops    float64
 	latency time.Duration // median
 	cpu     time.Duration // of this process, a request
+	perGB   cpuUse        // seconds a GB read
 }
+
+// cpuUse is processor time: of this process, which serves the devices, and of
+// the whole machine, fio and kernel threads included, and what else runs.
+type cpuUse struct{ server, system float64 }
 
 // BenchmarkFio compares devices with the kernel's own loop device, each
 // contender in turn in every round, so that what else the machine does hits
 // all of them alike. The ratios are medians of the rounds' own ratios to the
 // first contender. With the raw file in memory (/dev/shm) the native loop
-// device is as fast as it can be.
+// device is as fast as it can be. The machine's processor time means something
+// only if it has nothing else to do.
 func BenchmarkFio(b *testing.B) {
 	devicetest.RequireRoot(b)
 	for _, tool := range []string{"fio", "losetup"} {
@@ -177,15 +190,48 @@ func BenchmarkFio(b *testing.B) {
 	}
 }
 
+// BenchmarkLayers is what reading the lz4 layers of BenchmarkFio takes without a
+// device: the share of their reader, and decoder, in what a server needs.
+func BenchmarkLayers(b *testing.B) {
+	im := lz4Image(b, benchFolder())
+	seen := map[string]bool{}
+	for _, j := range jobs {
+		n := int64(j.bytes())
+		name, _, _ := strings.Cut(j.name, ",") // the depth makes no difference
+		if seen[name] {
+			continue
+		}
+		seen[name] = true
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(n)
+			p, off, used := make([]byte, n), int64(0), cpuTime()
+			for b.Loop() {
+				if j.rw == "randread" {
+					off = rand.Int64N(benchSize / n)
+				} else {
+					off = (off + 1) % (benchSize / n)
+				}
+				if _, err := im.ReadAt(p, off*n); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric((cpuTime()-used).Seconds()/(float64(n)*float64(b.N)/1e9), "CPU-s/GB")
+		})
+	}
+}
+
+func benchFolder() string {
+	if benchDir != "" {
+		return benchDir
+	}
+	return "/dev/shm"
+}
+
 func rawFile(b *testing.B) string {
 	b.Helper()
-	dir := benchDir
-	if dir == "" {
-		dir = "/dev/shm"
-	}
-	f, err := os.CreateTemp(dir, "reprise-bench-")
+	f, err := os.CreateTemp(benchFolder(), "reprise-bench-")
 	if err != nil {
-		b.Skipf("needs %s: %v", dir, err)
+		b.Skipf("needs %s: %v", benchFolder(), err)
 	}
 	b.Cleanup(func() { os.Remove(f.Name()) })
 	defer f.Close()
@@ -228,6 +274,17 @@ func attachFile(b *testing.B, file string, flags int) string {
 	return attachBench(b, f)
 }
 
+// attachBacking fails the benchmark if requests are made.
+func attachBacking(b *testing.B, file string) string {
+	b.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { f.Close() })
+	return attachBench(b, backedFile{f})
+}
+
 func attachBench(b *testing.B, r io.ReaderAt) string {
 	b.Helper()
 	d, err := device.Attach(context.Background(), r, benchSize, &device.Options{ReadOnly: true})
@@ -244,14 +301,15 @@ func attachBench(b *testing.B, r io.ReaderAt) string {
 
 func fio(b *testing.B, j job, dev string) sample {
 	b.Helper()
-	before := cpuTime()
+	server, system := cpuTime(), machineTime(b)
 	out, err := exec.Command("fio", "--name="+filepath.Base(dev), "--filename="+dev, "--readonly", "--direct=1",
 		"--rw="+j.rw, "--bs="+j.block, "--ioengine="+j.engine, "--iodepth="+strconv.Itoa(j.depth),
 		"--time_based", fmt.Sprintf("--runtime=%d", benchSeconds), "--randrepeat=0", "--output-format=json").Output()
 	if err != nil {
 		b.Fatalf("fio: %v: %s", err, out)
 	}
-	used := cpuTime() - before
+	used := cpuTime() - server
+	system = machineTime(b) - system
 	var result struct {
 		Jobs []struct {
 			Read struct {
@@ -267,7 +325,11 @@ func fio(b *testing.B, j job, dev string) sample {
 		b.Fatalf("fio: %v: %s", err, out)
 	}
 	r := result.Jobs[0].Read
-	return sample{r.IOPS, time.Duration(r.CLat.Percentile["50.000000"]), used / time.Duration(r.Total)}
+	gb := float64(r.Total) * j.bytes() / 1e9
+	return sample{
+		iops: r.IOPS, latency: time.Duration(r.CLat.Percentile["50.000000"]), cpu: used / time.Duration(r.Total),
+		perGB: cpuUse{used.Seconds() / gb, system.Seconds() / gb},
+	}
 }
 
 // cpuTime is what this process has used.
@@ -279,10 +341,26 @@ func cpuTime() time.Duration {
 	return time.Duration(ru.Utime.Nano() + ru.Stime.Nano())
 }
 
+// machineTime is what all processors have been busy for.
+func machineTime(b *testing.B) time.Duration {
+	b.Helper()
+	stat, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		b.Fatal(err)
+	}
+	var user, nice, system, idle, wait, irq, softirq int64
+	if _, err := fmt.Sscanf(string(stat), "cpu %d %d %d %d %d %d %d",
+		&user, &nice, &system, &idle, &wait, &irq, &softirq); err != nil {
+		b.Fatal(err)
+	}
+	const tick = 10 * time.Millisecond // USER_HZ
+	return time.Duration(user+nice+system+irq+softirq) * tick
+}
+
 func report(b *testing.B, results map[job][][]sample) {
 	var s strings.Builder
 	w := tabwriter.NewWriter(&s, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(w, "job\tdevice\tIOPS\tMB/s\tp50\tratio\tserver CPU/request\t")
+	fmt.Fprintln(w, "job\tdevice\tIOPS\tMB/s\tp50\tratio\tserver CPU/request\tserver s/GB\tmachine s/GB\t")
 	for _, j := range jobs {
 		rounds := results[j]
 		for i, c := range contenders {
@@ -290,11 +368,14 @@ func report(b *testing.B, results map[job][][]sample) {
 			p50 := medianOf(rounds, func(r []sample) float64 { return float64(r[i].latency) })
 			cpu := medianOf(rounds, func(r []sample) float64 { return float64(r[i].cpu) })
 			ratio := medianOf(rounds, func(r []sample) float64 { return r[i].iops / r[0].iops })
-			fmt.Fprintf(w, "%s\t%s\t%.0f\t%.0f\t%.1f µs\t%.2f\t%.1f µs\t\n",
-				j.name, c.name, iops, iops*j.bytes()/1e6, p50/1e3, ratio, cpu/1e3)
+			server := medianOf(rounds, func(r []sample) float64 { return r[i].perGB.server })
+			machine := medianOf(rounds, func(r []sample) float64 { return r[i].perGB.system })
+			fmt.Fprintf(w, "%s\t%s\t%.0f\t%.0f\t%.1f µs\t%.2f\t%.1f µs\t%.3f\t%.3f\t\n",
+				j.name, c.name, iops, iops*j.bytes()/1e6, p50/1e3, ratio, cpu/1e3, server, machine)
+			if name := reported[c.name]; name != "" {
+				b.ReportMetric(ratio, strings.NewReplacer(" ", "", ",", "-").Replace(j.name)+"-"+name+"-ratio")
+			}
 		}
-		b.ReportMetric(medianOf(rounds, func(r []sample) float64 { return r[2].iops / r[0].iops }),
-			strings.NewReplacer(" ", "", ",", "-").Replace(j.name)+"-ratio")
 	}
 	w.Flush()
 	// b.Log cuts long text off.

@@ -1,11 +1,23 @@
 // Package device shows the bytes of a [Backend] as a block device of the
-// kernel, /dev/loopN.
+// kernel.
 //
-// The transport is FUSE and loop, which every kernel has. A FUSE server in this
-// process holds one file, mounted detached, in no namespace; the loop driver
-// opens it with direct I/O:
+// There are several transports; [Probe] tells which the kernel has, and "auto"
+// chooses. The one that every kernel has is FUSE and loop: a FUSE server in this
+// process holds one file, mounted detached, in no namespace, and the loop driver
+// opens it with direct I/O. EROFS mounts that file without a loop device. The
+// drivers of ublk, nbd and tcmu ask this process directly:
 //
-//	file system → loop device → FUSE → Backend.ReadAt
+//	fuse    file system → loop device → FUSE → Backend.ReadAt
+//	erofs   EROFS → FUSE → Backend.ReadAt
+//	others  file system → block device → Backend.ReadAt
+//
+// # Surviving
+//
+// A device outlives the process that serves it if somebody, a [Keeper], holds
+// the descriptors that it lives by, and Options.Prepared has put its [State] on
+// disk. The next process gives both to [Adopt], with a backend of the same
+// content: whoever reads or writes meanwhile only waits. It does not matter how
+// the process ended. systemd is a keeper ([OpenStore]), and [Supervise] is one.
 //
 // # Concurrency
 //
@@ -25,8 +37,10 @@
 //
 // [Unmount], then [Device.Close], then close what the backend stands on. A
 // device that is still mounted is left as it is, with a [BusyError]. When the
-// process dies the device answers everything with an I/O error, and vanishes
-// when it is unmounted: nothing of it is in any mount table or directory.
+// process dies, and nobody keeps the device, a device of fuse or erofs answers
+// everything with an I/O error, and vanishes when it is unmounted: nothing of it
+// is in any mount table or directory. The drivers of ublk, nbd and tcmu keep
+// theirs until another process adopts it.
 package device
 
 import (
@@ -43,7 +57,7 @@ import (
 )
 
 // Backend is what a device reads. It may also be an [io.WriterAt], a
-// [Discarder] and a [Syncer].
+// [Discarder], a [Syncer] and [FileBacked].
 //
 // A request that the backend fails is an I/O error of that request alone; a
 // short read counts as failed. Offsets and lengths are multiples of the sector
@@ -88,7 +102,7 @@ func Attach(ctx context.Context, b Backend, size int64, o *Options) (*Device, er
 		return nil, fmt.Errorf("attach device %s: %w", opts.Name, err)
 	}
 	d, err := start(b, size, opts, func(srv *request.Server) (attachment, error) {
-		return t.attach(ctx, srv, &attaching{Options: opts, state: opts.state(size)})
+		return t.attach(ctx, srv, &attaching{Options: opts, state: opts.state(size), file: backingFile(b, size, opts)})
 	})
 	if err != nil {
 		return nil, fmt.Errorf("attach device %s: %w", opts.Name, err)
@@ -165,7 +179,8 @@ const settle = time.Second
 // if that is still mounted (or claimed by another driver) after a second.
 //
 // Processes that merely have the device open do not keep it: their I/O fails
-// from now on, and its name is free when they close it. Requests in the
+// from now on, and its name is free when they close it. Only the file of the
+// erofs transport is kept by whoever has it open. Requests in the
 // backend get Options.CloseTimeout to finish; after that they fail too, and
 // Close says so, having ended everything but the backend's own calls (Done is
 // closed when they have returned).
@@ -197,7 +212,7 @@ func (d *Device) claim() (fd int, err error) {
 			return fd, nil
 		}
 		if time.Now().After(deadline) {
-			return -1, &BusyError{Device: d.Path(), Mounts: mountsOf(d.Path())}
+			return -1, &BusyError{Device: d.Path(), Mounts: Mounts(d.Path())}
 		}
 	}
 }

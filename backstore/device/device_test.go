@@ -24,6 +24,16 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	devicetest.KillMain(map[string]devicetest.Opener{
+		erofsBackend: openErofsImage, backedBackend: openBacked, writtenBackend: openWritten,
+	})
+	if dir := os.Getenv(moveEnv); dir != "" {
+		if err := moveMain(dir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	if file := os.Getenv(childEnv); file != "" {
 		if err := serveUntilKilled(file); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -49,10 +59,12 @@ func TestConformance(t *testing.T) {
 }
 
 // A child process serves the file that childEnv names. With cycleEnv it does
-// so again and again, mounting it at that directory in between.
+// so again and again, mounting it at that directory in between, with backedEnv
+// only the kernel reads the file.
 const (
 	childEnv  = "REPRISE_TEST_SERVE"
 	cycleEnv  = "REPRISE_TEST_CYCLE"
+	backedEnv = "REPRISE_TEST_BACKED"
 	childName = "devicetest-killed"
 )
 
@@ -68,7 +80,12 @@ func serveUntilKilled(file string) error {
 	if dir := os.Getenv(cycleEnv); dir != "" {
 		return cycle(f, st.Size(), dir)
 	}
-	d, err := device.Attach(context.Background(), f, st.Size(), &device.Options{Name: childName})
+	var b device.Backend = f
+	backed := os.Getenv(backedEnv) != ""
+	if backed {
+		b = backedFile{f}
+	}
+	d, err := device.Attach(context.Background(), b, st.Size(), &device.Options{Name: childName, ReadOnly: backed})
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,9 @@ func (fuseLoop) attach(ctx context.Context, srv *request.Server, a *attaching) (
 	if err != nil {
 		return nil, err
 	}
-	s, err := fuse.Start(srv, fuseConfig(a, low))
+	cfg := fuseConfig(a, low)
+	cfg.Backing = a.file
+	s, err := fuse.Start(srv, cfg)
 	if err != nil {
 		low.close()
 		return nil, err
@@ -214,8 +216,9 @@ func (d *fuseLoopDevice) ended() <-chan struct{} { return d.session.Ended() }
 func (d *fuseLoopDevice) err() error { return d.session.Err() }
 
 // close detaches the loop device within the timeout, for a backend may be
-// stuck, and ends the session, which makes a stuck detach return. What the
-// keeper holds is let go of before the session ends: it would not end.
+// stuck, and ends the session, which makes a stuck detach return. The keeper
+// lets go of /dev/fuse before, or the session would not end, and of the loop
+// device while it is served: its last close may wait for I/O.
 func (d *fuseLoopDevice) close(claim int, timeout time.Duration) error {
 	detached := make(chan error, 1)
 	go func() { detached <- d.loop.Detach(claim) }()
@@ -224,10 +227,10 @@ func (d *fuseLoopDevice) close(claim int, timeout time.Duration) error {
 	var detachErr, endErr error
 	select {
 	case detachErr = <-detached:
-		endErr = errors.Join(d.a.unkeep(), d.session.Close(timeout))
+		endErr = errors.Join(d.a.unkeep(roleLoop), d.a.unkeep(), d.session.Close(timeout))
 	case <-timer.C:
-		endErr = errors.Join(d.a.unkeep(), d.session.Close(0))
-		detachErr = <-detached
+		endErr = errors.Join(d.a.unkeep(roleFuse), d.session.Close(0))
+		detachErr = errors.Join(<-detached, d.a.unkeep())
 	}
 	unix.Close(d.namespace)
 	if d.session.Err() != nil { // it had ended before: that is what Err tells

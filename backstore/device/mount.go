@@ -3,7 +3,10 @@ package device
 import (
 	"errors"
 	"fmt"
+	"runtime"
+	"slices"
 	"strings"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -12,28 +15,74 @@ import (
 )
 
 // Mount mounts the file system on dev at the existing directory dir, in the
-// mount namespace that the process began in. data are the file system's own options, comma separated. Read-only mounts of ext3,
-// ext4 and xfs do not replay the journal: "noload" or "norecovery" is added,
-// since the replay would write.
+// mount namespace that the process began in. data are the file system's own
+// options, comma separated. Read-only mounts of ext3, ext4 and xfs do not replay
+// the journal: "noload" or "norecovery" is added, since the replay would write.
+// dev is a [Device.Path], also of a device that another process serves.
 func Mount(dev, dir, fstype string, readOnly bool, data string) error {
 	var flags uintptr
 	if readOnly {
 		flags |= unix.MS_RDONLY
 		data = withoutJournal(fstype, data)
 	}
-	err := apart.Run(func() error { return unix.Mount(dev, dir, fstype, flags, data) })
-	if err == nil {
-		return nil
+	err := error(unix.EINVAL)
+	if fstype == "erofs" && isRegular(dev) {
+		err = mount(dev, dir, fstype, flags, withOption(data, directIO))
 	}
+	if errors.Is(err, unix.EINVAL) {
+		err = mount(dev, dir, fstype, flags, data)
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s on %s as %s: %w", dev, dir, fstype, explain(err, fstype, "mount(2)"))
+	}
+	return nil
+}
+
+// directIO is EROFS's option to read past the page cache of the file that it is
+// mounted from. Linux 6.12.0 to 6.12.6 do not know it and read so anyway.
+const directIO = "directio"
+
+// isRegular reports whether path is a file. Looking may wait for its server.
+func isRegular(path string) bool {
+	var st unix.Stat_t
+	err := apart.Run(func() error { return unix.Stat(path, &st) })
+	return err == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
+}
+
+// mount is mount(2) in a process of its own. A thread that waits for a device
+// would keep this process from ending, and who waits for its end, a service
+// manager, from starting the next one, which alone can serve the device.
+func mount(dev, dir, fstype string, flags uintptr, data string) error {
+	if own, ok := strings.CutPrefix(dev, "/proc/self/"); ok {
+		dev = fmt.Sprintf("/proc/%d/%s", unix.Getpid(), own)
+	}
+	var args [4]*byte
+	for i, s := range []string{dev, dir, fstype, data} {
+		p, err := unix.BytePtrFromString(s)
+		if err != nil {
+			return err
+		}
+		args[i] = p
+	}
+	err := apart.Call(-1, unix.SYS_MOUNT, uintptr(unsafe.Pointer(args[0])), uintptr(unsafe.Pointer(args[1])),
+		uintptr(unsafe.Pointer(args[2])), flags, uintptr(unsafe.Pointer(args[3])))
+	runtime.KeepAlive(args)
+	return err
+}
+
+// explain says what an error of mounting means.
+func explain(err error, fstype, call string) error {
 	switch {
 	case errors.Is(err, unix.ENODEV):
-		err = &FeatureError{Feature: "file system " + fstype, Hint: "load its kernel module", Err: err}
+		return &FeatureError{Feature: "file system " + fstype, Hint: "load its kernel module", Err: err}
+	case errors.Is(err, unix.ENOTBLK) && fstype == "erofs":
+		return &FeatureError{Feature: fileBacked, Since: "6.12", Hint: "the kernel needs CONFIG_EROFS_FS_BACKED_BY_FILE", Err: err}
 	case errors.Is(err, unix.EPERM):
-		err = feature.Privilege(err, "mount(2)")
+		return feature.Privilege(err, call)
 	case errors.Is(err, unix.EINVAL):
-		err = fmt.Errorf("%w: no valid %s, a block size below the device's sector size, or an option it does not know", err, fstype)
+		return fmt.Errorf("%w: no valid %s, a block size below the device's sector size, or an option it does not know", err, fstype)
 	}
-	return fmt.Errorf("mount %s on %s as %s: %w", dev, dir, fstype, err)
+	return err
 }
 
 func withoutJournal(fstype, data string) string {
@@ -51,8 +100,16 @@ func withoutJournal(fstype, data string) string {
 			return data
 		}
 	}
-	if data == "" {
+	return withOption(data, option)
+}
+
+// withOption adds an option to a list that may have it.
+func withOption(data, option string) string {
+	switch {
+	case data == "":
 		return option
+	case slices.Contains(strings.Split(data, ","), option):
+		return data
 	}
 	return data + "," + option
 }
@@ -79,8 +136,15 @@ func UnmountLazy(dir string) error {
 	return nil
 }
 
+// unmount is umount(2) in a process of its own, as mount is.
 func unmount(dir string, flags int) error {
-	return apart.Run(func() error { return unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|flags) })
+	p, err := unix.BytePtrFromString(dir)
+	if err != nil {
+		return err
+	}
+	err = apart.Call(-1, unix.SYS_UMOUNT2, uintptr(unsafe.Pointer(p)), uintptr(flags|unix.UMOUNT_NOFOLLOW))
+	runtime.KeepAlive(p)
+	return err
 }
 
 // Apart calls f on a thread of its own and returns what it returned. Work on a

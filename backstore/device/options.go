@@ -14,8 +14,13 @@ import (
 
 // Options of [Attach]. A zero field means its default.
 type Options struct {
-	// Transport is "auto" (the default) or "fuse", which is FUSE and loop.
+	// Transport is one of those that [Probe] lists: "fuse", which is FUSE and
+	// loop, "erofs", "ublk", "nbd", "tcmu"; or "auto" (the default), the best that
+	// there is for FSType.
 	Transport string
+	// FSType is what the device holds, as mount(8) calls it: "ext4", "erofs". It
+	// helps "auto" to choose. Default unknown.
+	FSType string
 	// ID names the device in State. Default: a random one.
 	ID string
 	// Keeper holds the descriptors that the device lives by, so that another
@@ -70,7 +75,7 @@ func (o *Options) fill(b Backend, size int64) (*Options, error) {
 		return nil, errors.New("no backend")
 	}
 	if c.Transport == "" || c.Transport == "auto" {
-		c.Transport = "fuse"
+		c.Transport = c.choose()
 	}
 	if transports[c.Transport] == nil {
 		names := slices.Sorted(maps.Keys(transports))

@@ -5,6 +5,9 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/reprise-project/reprise/backstore/device/internal/request"
@@ -13,7 +16,11 @@ import (
 // transports are the ways to make a device, by the name that Options.Transport
 // gives them.
 var transports = map[string]transport{
-	"fuse": fuseLoop{},
+	"fuse":  fuseLoop{},
+	"nbd":   nbdDriver{},
+	"erofs": fuseErofs{},
+	"tcmu":  tcmuDisk{},
+	"ublk":  ublkTransport{},
 }
 
 // A transport makes devices, and takes over those of a process that has ended.
@@ -48,8 +55,9 @@ type attachment interface {
 
 // attaching is what a transport needs to know of a device.
 type attaching struct {
-	*Options        // filled
-	state    *State // what the transport adds to it is there for adopt
+	*Options          // filled
+	state    *State   // what the transport adds to it is there for adopt
+	file     *os.File // see backingFile; nil when adopting
 	kept     []string
 }
 
@@ -67,15 +75,19 @@ func (a *attaching) keep(role string, fd int) error {
 	return nil
 }
 
-// unkeep has the keeper close what it holds of the device.
-func (a *attaching) unkeep() error {
+// unkeep has the keeper close what it holds of the device: the descriptors of
+// these roles, or all that are left.
+func (a *attaching) unkeep(roles ...string) error {
 	var errs []error
+	var left []string
 	for _, name := range a.kept {
-		if err := a.Keeper.Remove(name); err != nil {
+		if _, role, _ := strings.Cut(name, "."); len(roles) > 0 && !slices.Contains(roles, role) {
+			left = append(left, name)
+		} else if err := a.Keeper.Remove(name); err != nil {
 			errs = append(errs, fmt.Errorf("release descriptor %s: %w", name, err))
 		}
 	}
-	a.kept = nil
+	a.kept = left
 	return errors.Join(errs...)
 }
 

@@ -1,6 +1,7 @@
 package lsmt
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -30,6 +31,10 @@ func CreateAppend(data, index *os.File, o *WritableOptions) (*Writable, error) {
 	w := newWritable(data, index, h)
 	w.dataEnd.Store(firstSector)
 	w.logEnd = headerSpace
+	w.boot = thisBoot()
+	if err := w.writeSynced(headerSpace); err != nil {
+		return nil, fmt.Errorf("create append-only layer: %w", err)
+	}
 	return w, nil
 }
 
@@ -79,9 +84,21 @@ func openAppend(data, index *os.File) (*Writable, error) {
 	h.virtualSize = hi.virtualSize
 	w := newWritable(data, index, h)
 	w.dataEnd.Store((size + SectorSize - 1) / SectorSize)
+	w.boot = thisBoot()
+	boot, synced, err := readSynced(index)
+	if err != nil {
+		return nil, fmt.Errorf("%s: read header: %w", index.Name(), err)
+	}
+	w.doubt = math.MaxInt64
+	if boot != (bootID{}) && boot != w.boot {
+		w.doubt = synced
+	}
 	end, err := w.replay(logSize, size/SectorSize)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", index.Name(), err)
+	}
+	if boot != w.boot { // else the last Sync is still this boot's
+		synced = w.logEnd
 	}
 	if at, ok := sealedAt(data, size, &h); ok && end*SectorSize <= at {
 		return nil, fmt.Errorf("%s: %w", data.Name(), errSealed)
@@ -91,6 +108,9 @@ func openAppend(data, index *os.File) (*Writable, error) {
 		if err := w.cutLog(); err != nil {
 			return nil, fmt.Errorf("%s: %w", index.Name(), err)
 		}
+	}
+	if err := w.writeSynced(synced); err != nil {
+		return nil, fmt.Errorf("%s: write header: %w", index.Name(), err)
 	}
 	return w, nil
 }
@@ -166,6 +186,10 @@ func (w *Writable) record(p []byte, dataEnd int64) (extent, error) {
 		x.moff = zeroAt(x.moff)
 	} else if x.moff+x.n > dataEnd {
 		return extent{}, errEndOfLog
+	} else if w.logEnd >= w.doubt {
+		if there, err := w.isThere(x); err != nil || !there {
+			return extent{}, cmp.Or(err, errEndOfLog)
+		}
 	}
 	return x, nil
 }

@@ -276,7 +276,7 @@ func FuzzOpenSparse(f *testing.F) {
 			}
 		}
 		require.NoError(t, data.Truncate(headerSpace+int64(len(blocks))*4096+int64(tail)))
-		w, err := OpenSparse(data)
+		w, err := OpenSparse(data, nil)
 		if err != nil {
 			return
 		}

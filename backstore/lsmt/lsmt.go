@@ -36,11 +36,13 @@
 //     log with one 16-byte record for each write or discard, in order. It
 //     remembers everything across a reopening.
 //   - sparse: one file that mirrors the device at 4096+offset, whose holes are
-//     the layer's holes. It has no log and so forgets, at a reopening, which
-//     holes were discards: they become Hole, and layers below show again. What
-//     it knows after a reopening has the granularity of the file system's
-//     blocks: writes should then be aligned to them (4096 bytes, usually), or
-//     the rest of a block will hide the layers below.
+//     the layer's holes. Beside it there may be a discard log (see discards.go),
+//     which the reference implementation does not have; without it a reopening
+//     forgets which holes were discards: they become Hole, and layers below
+//     show again. What the file tells has the granularity of the file system's
+//     blocks (4096 bytes, usually): after Writable.SetBelow a smaller write
+//     copies what is below into the rest of its block, else that rest will,
+//     after a reopening, hide the layers below.
 //
 // Writable.Commit writes either kind as a sealed layer to any io.Writer, front
 // to back, so that it can be compressed on the way. Writable.Seal makes the
@@ -57,13 +59,18 @@
 //
 // # Crashes
 //
-// An acknowledged write is in the page cache, so that the death of the process
-// loses nothing. When the machine dies, what was acknowledged before the last
-// successful Sync is there: Sync makes the data durable before the log. Of what
+// An acknowledged write or discard is in the page cache, so that the death of
+// the process loses nothing, discards of a sparse layer without a log apart.
+// When the machine dies, what was acknowledged before the last successful Sync
+// is there: Sync makes the data durable before the log of an append-only layer,
+// and a discard in a sparse one takes data away only once its record is durable
+// (one fdatasync of the log, none where there are no data). Of what
 // came after, a sparse layer may keep any part; an append-only layer keeps what
 // comes before the first record that is torn or missing, or whose data are
-// behind the end of the data file. (File systems that extend a file only once
-// the data are on disk, as ext4 and XFS do, leave no other trace of lost data.)
+// behind the end of the data file or a hole of it. (File systems that show
+// bytes of a file only once they are on disk, as ext4 and XFS do, leave no other
+// trace of lost data, but for writes that share a block of the file system with
+// one that was not lost.)
 //
 // The format is described in the overlaybd repository:
 // https://github.com/containerd/overlaybd

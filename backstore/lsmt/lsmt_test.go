@@ -272,9 +272,9 @@ func TestOpenRejects(t *testing.T) {
 			require.ErrorContains(t, err, tc.want)
 		})
 	}
-	_, err = OpenSparse(memFile(t, data))
+	_, err = OpenSparse(memFile(t, data), nil)
 	require.ErrorContains(t, err, "not those of a sparse data file")
-	_, err = OpenSparse(memFile(t, sparseData[:len(sparseData)-1]))
+	_, err = OpenSparse(memFile(t, sparseData[:len(sparseData)-1]), nil)
 	require.ErrorContains(t, err, "cut short")
 
 	bad := newEntry(0, 1, 7, false).append(bytes.Clone(log))

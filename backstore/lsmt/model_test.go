@@ -84,10 +84,10 @@ func (m *model) checkSegments(t *testing.T, segs []Segment) {
 // TestModel does random things to a layer and compares it with a slice. The
 // unit of a sparse layer is 4 KiB: a reopening knows no smaller holes.
 func TestModel(t *testing.T) {
-	for _, sparse := range []bool{false, true} {
+	for _, kind := range []string{"append", "sparse", "logged"} {
 		for seed := range uint64(4) {
-			t.Run(fmt.Sprintf("sparse=%v/seed=%d", sparse, seed), func(t *testing.T) {
-				newModelRun(t, sparse, seed).run()
+			t.Run(fmt.Sprintf("%s/seed=%d", kind, seed), func(t *testing.T) {
+				newModelRun(t, kind, seed).run()
 			})
 		}
 	}
@@ -105,16 +105,21 @@ type modelRun struct {
 	logSynced, dataSynced int64
 }
 
-func newModelRun(t *testing.T, sparse bool, seed uint64) *modelRun {
+// newModelRun makes a layer: append-only, sparse, or sparse with a discard log.
+func newModelRun(t *testing.T, kind string, seed uint64) *modelRun {
 	const sectors = modelSectors
 	m := &modelRun{t: t, r: rand.New(rand.NewPCG(seed, 7)), unit: 1, now: newModel(sectors)}
 	o := &WritableOptions{VirtualSize: sectors * SectorSize}
 	var err error
-	if sparse {
+	switch kind {
+	case "append":
+		m.w, err = CreateAppend(newFile(t), newFile(t), o)
+	case "logged":
+		o.Discards = newFile(t)
+		fallthrough
+	default:
 		m.unit = 8
 		m.w, err = CreateSparse(newFile(t), o)
-	} else {
-		m.w, err = CreateAppend(newFile(t), newFile(t), o)
 	}
 	require.NoError(t, err)
 	m.sync()
@@ -175,12 +180,15 @@ func (m *modelRun) keep() {
 	m.logSynced, m.dataSynced = m.w.logEnd, m.w.dataEnd.Load()*SectorSize
 }
 
-// reopen closes and opens; a sparse layer forgets what was discarded.
+// reopen closes and opens; a sparse layer without a log forgets what was
+// discarded.
 func (m *modelRun) reopen() {
 	require.NoError(m.t, m.w.Close())
 	var err error
-	if m.w.log == nil {
-		m.w, err = OpenSparse(reopen(m.t, m.w.data))
+	if l := m.w.discards; l != nil {
+		m.w, err = OpenSparse(reopen(m.t, m.w.data), reopen(m.t, l.f))
+	} else if m.w.log == nil {
+		m.w, err = OpenSparse(reopen(m.t, m.w.data), nil)
 		for i, k := range m.now.kind {
 			if k == Zero {
 				m.now.kind[i] = Hole
@@ -231,21 +239,26 @@ func (m *modelRun) seal() {
 	require.NoError(m.t, m.w.Close())
 }
 
-// TestKindsCommitAlike does the same to both kinds of layer: they must commit
-// to the same bytes, also after the append-only one was reopened, and so must
-// a layer made from that.
+// TestKindsCommitAlike does the same to all kinds of layer: they must commit to
+// the same bytes, also after those were reopened that remember discards, and so
+// must a layer made from that.
 func TestKindsCommitAlike(t *testing.T) {
 	for seed := range uint64(4) {
-		a, s := newModelRun(t, false, seed), newModelRun(t, true, seed)
+		a, s, l := newModelRun(t, "append", seed), newModelRun(t, "sparse", seed), newModelRun(t, "logged", seed)
 		for range 200 {
 			c := s.pick(byte(max(0, s.r.IntN(280)-24)))
 			a.do(c)
 			s.do(c)
+			l.do(c)
 		}
 		want := commit(t, s.w, CommitOptions{})
 		sameBytes(t, want, commit(t, a.w, CommitOptions{}), "append-only")
 		a.reopen()
 		sameBytes(t, want, commit(t, a.w, CommitOptions{}), "append-only, reopened")
+		sameBytes(t, want, commit(t, l.w, CommitOptions{}), "with a discard log")
+		l.reopen()
+		sameBytes(t, want, commit(t, l.w, CommitOptions{}), "with a discard log, reopened")
+		require.NoError(t, l.w.Close())
 		sameBytes(t, want, recommit(t, want), "recommitted")
 		require.NoError(t, a.w.Close())
 		require.NoError(t, s.w.Close())
@@ -280,7 +293,7 @@ func TestStackModel(t *testing.T) {
 		var layers []*Layer
 		all := newModel(modelSectors)
 		for i := range uint64(5) {
-			m := newModelRun(t, i%2 == 1, seed*10+i)
+			m := newModelRun(t, []string{"append", "sparse"}[i%2], seed*10+i)
 			for range 60 {
 				m.change(byte(max(0, m.r.IntN(320)-64)))
 				all.apply(m.since[len(m.since)-1])

@@ -264,7 +264,7 @@ func (s *script) reopen(t *testing.T, d *datadriven.TestData) (string, error) {
 	require.NoError(t, s.w.Close())
 	data := reopen(t, s.w.data)
 	if s.w.log == nil {
-		w, err := OpenSparse(data)
+		w, err := OpenSparse(data, nil)
 		if err == nil {
 			s.w = w
 		}

@@ -222,7 +222,7 @@ func TestVectorPairSeal(t *testing.T) {
 }
 
 func TestVectorSparse(t *testing.T) {
-	w, err := OpenSparse(sparseVector(t, "Asparse.data"))
+	w, err := OpenSparse(sparseVector(t, "Asparse.data"), nil)
 	require.NoError(t, err)
 	o := CommitOptions{UUID: uuidA, Message: "commit message Asparse"}
 	sameBytes(t, rodump(t, "A"), content(t, w), "content")
@@ -238,7 +238,7 @@ func TestVectorSparse(t *testing.T) {
 
 	sealed := reopen(t, w.data)
 	require.NoError(t, w.Close())
-	_, err = OpenSparse(sealed)
+	_, err = OpenSparse(sealed, nil)
 	require.ErrorContains(t, err, "layer is sealed")
 }
 
@@ -293,6 +293,9 @@ func TestVectorOps(t *testing.T) {
 		for ext, f := range map[string]*os.File{".data": w.data, ".index": w.log} {
 			got, err := os.ReadFile(f.Name())
 			require.NoError(t, err)
+			if f == w.log { // what the reference does not write, see synced.go
+				clear(got[syncedAt:][:syncedSize])
+			}
 			sameBytes(t, rawVector(t, name+ext), got, name+ext)
 		}
 		require.NoError(t, w.Close())

@@ -20,12 +20,22 @@ type WritableOptions struct {
 	VirtualSize int64
 	// UUID and ParentUUID are UUIDs as text. Empty means the null UUID.
 	UUID, ParentUUID string
+	// Discards is an empty file, opened for reading and writing, in which a
+	// sparse layer remembers what was discarded. Without it that is forgotten
+	// when the layer is opened again. Append-only layers need none.
+	Discards *os.File
 }
 
 // A Writable is a layer under construction, append-only or sparse.
 type Writable struct {
 	data *os.File
 	log  *os.File // the index log; nil if the layer is sparse
+
+	discards *discardLog // of a sparse layer; may be nil
+	grain    int64       // of a sparse layer: the unit of holes in data
+	below    io.ReaderAt // what SetBelow was given
+	// fdatasync is replaced by tests.
+	fdatasync func(*os.File) error
 
 	// gate is held shared by what writes and exclusively by what must not
 	// meet a write: discards and commits of a sparse layer, Resize, Seal.
@@ -36,6 +46,8 @@ type Writable struct {
 	closed atomic.Bool
 
 	dataEnd atomic.Int64 // append-only: the sector where the next write goes
+	boot    bootID       // append-only: this one; zero if unknown
+	doubt   int64        // append-only, while opening: see synced.go
 
 	// logMu orders the records of the log and their way into ext.
 	logMu  sync.Mutex
@@ -58,7 +70,7 @@ var (
 
 // newWritable fills the parts that all ways to get a Writable share.
 func newWritable(data, log *os.File, h header) *Writable {
-	w := &Writable{data: data, log: log, hdr: h}
+	w := &Writable{data: data, log: log, hdr: h, fdatasync: fdatasync}
 	w.vsize.Store(int64(h.virtualSize))
 	return w
 }
@@ -88,6 +100,19 @@ func checkSize(n int64) error {
 			n, SectorSize, int64(maxSize), syscall.EINVAL)
 	}
 	return nil
+}
+
+// SetBelow tells the layer what is below it: r reads the device of the lower
+// layers, and zeros behind their end. A sparse layer needs it where writes are
+// smaller than the file system's blocks: what is below the rest of a block is
+// then copied into it, since the file cannot tell it from data. It is to be
+// called before the first write.
+func (w *Writable) SetBelow(r io.ReaderAt) {
+	w.gate.Lock()
+	defer w.gate.Unlock()
+	if w.log == nil {
+		w.below = r
+	}
 }
 
 // Sparse tells which kind of layer this is.
@@ -183,33 +208,41 @@ func (w *Writable) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt writes p at off, both multiples of SectorSize. When it returns the
 // write is in the page cache; Sync makes it durable.
 func (w *Writable) WriteAt(p []byte, off int64) (int, error) {
+	if n, err, done := w.tryWrite(p, off); done {
+		return n, err
+	}
+	return w.writeFilled(p, off)
+}
+
+// tryWrite writes p at off, unless that would shadow what is below.
+func (w *Writable) tryWrite(p []byte, off int64) (n int, err error, done bool) {
 	w.gate.RLock()
 	defer w.gate.RUnlock()
 	if err := w.writable("write", off, int64(len(p))); err != nil || len(p) == 0 {
-		return 0, err
+		return 0, err, true
 	}
-	if w.log == nil {
-		return w.writeSparse(p, off)
+	switch {
+	case w.log != nil:
+		n, err = w.writeAppend(p, off)
+	case w.shadows(off, off+int64(len(p))):
+		return 0, nil, false
+	default:
+		n, err = w.writeSparse(p, off)
 	}
-	return w.writeAppend(p, off)
+	return n, err, true
 }
 
 // Discard makes [off, off+n) read as zeros, hiding the layers below. off and n
-// are multiples of SectorSize. A sparse layer gives the space back, but
-// forgets at a reopening that the range was discarded.
+// are multiples of SectorSize. A sparse layer gives the space back; without a
+// discard log it forgets at a reopening that the range was discarded.
 func (w *Writable) Discard(off, n int64) error {
-	if w.log == nil {
-		w.gate.Lock()
-		defer w.gate.Unlock()
-	} else {
-		w.gate.RLock()
-		defer w.gate.RUnlock()
+	if w.log == nil && n > 0 {
+		return w.discardSparse(off, n)
 	}
+	w.gate.RLock()
+	defer w.gate.RUnlock()
 	if err := w.writable("discard", off, n); err != nil || n == 0 {
 		return err
-	}
-	if w.log == nil {
-		return w.discardSparse(off, n)
 	}
 	return w.discardAppend(off, n)
 }
@@ -220,19 +253,58 @@ func (w *Writable) Sync() error {
 	if w.closed.Load() {
 		return fmt.Errorf("sync: %w", errClosed)
 	}
-	w.syncMu.Lock()
-	defer w.syncMu.Unlock()
-	if w.syncErr != nil {
-		return w.syncErr
+	if err := w.syncFailed(); err != nil {
+		return err
 	}
-	// The data first: a durable record must never point to data that are not.
-	if err := fdatasync(w.data); err != nil {
-		w.syncErr = fmt.Errorf("sync data: %w", err)
-	} else if w.log != nil {
-		if err := fdatasync(w.log); err != nil {
-			w.syncErr = fmt.Errorf("sync index log: %w", err)
+	if err := w.sync(); err != nil {
+		return w.failSync(err)
+	}
+	return w.syncFailed()
+}
+
+func (w *Writable) sync() error {
+	// A discard's record says nothing where there are data.
+	if w.discards != nil {
+		if err := w.discards.sync(w.discards.all(), w.fdatasync); err != nil {
+			return err
 		}
 	}
+	var end int64
+	if w.log != nil {
+		w.logMu.Lock()
+		end = w.logEnd
+		w.logMu.Unlock()
+	}
+	// The data before the index log: a durable record must never point to data
+	// that are not.
+	if err := w.fdatasync(w.data); err != nil {
+		return fmt.Errorf("sync data: %w", err)
+	}
+	if w.log == nil {
+		return nil
+	}
+	if err := w.fdatasync(w.log); err != nil {
+		return fmt.Errorf("sync index log: %w", err)
+	}
+	if err := w.writeSynced(end); err != nil {
+		return fmt.Errorf("index log: write header: %w", err)
+	}
+	return nil
+}
+
+// failSync notes the first failure to sync, and returns it.
+func (w *Writable) failSync(err error) error {
+	w.syncMu.Lock()
+	defer w.syncMu.Unlock()
+	if w.syncErr == nil {
+		w.syncErr = err
+	}
+	return w.syncErr
+}
+
+func (w *Writable) syncFailed() error {
+	w.syncMu.Lock()
+	defer w.syncMu.Unlock()
 	return w.syncErr
 }
 
@@ -254,14 +326,14 @@ func (w *Writable) Resize(size int64) error {
 	}
 	h := w.hdr
 	h.virtualSize = uint64(size)
-	if _, err := w.data.WriteAt(h.append(nil), 0); err != nil {
+	if _, err := w.data.WriteAt(h.append(nil)[:headerSize], 0); err != nil {
 		return fmt.Errorf("resize: write header: %w", err)
 	}
 	if w.log == nil {
 		if err := w.data.Truncate(headerSpace + size); err != nil {
 			return fmt.Errorf("resize: %w", err)
 		}
-	} else if _, err := w.log.WriteAt(logHeader(h).append(nil), 0); err != nil {
+	} else if _, err := w.log.WriteAt(logHeader(h).append(nil)[:headerSize], 0); err != nil {
 		return fmt.Errorf("resize: write index log header: %w", err)
 	}
 	w.hdr.virtualSize = h.virtualSize
@@ -279,6 +351,9 @@ func (w *Writable) Close() error {
 	err := w.data.Close()
 	if w.log != nil {
 		err = errors.Join(err, w.log.Close())
+	}
+	if w.discards != nil {
+		err = errors.Join(err, w.discards.f.Close())
 	}
 	return err
 }

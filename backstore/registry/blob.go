@@ -62,11 +62,23 @@ func (b *Blob) Digest() digest.Digest { return b.d.Digest }
 // are not checked against the digest. The registry has answered when Fetch
 // returns.
 func (b *Blob) Fetch(ctx context.Context, off, n int64, lane backstore.Lane) (io.ReadCloser, error) {
+	return b.fetch(ctx, off, n, lane, false)
+}
+
+// FetchOnce is Fetch without patience: each host is asked once, none that has
+// asked for patience, and a body that ends early is an error. It is for callers
+// who know better when to try again; see [Error.Permanent], [Error.Answered]
+// and [Error.RetryAfter].
+func (b *Blob) FetchOnce(ctx context.Context, off, n int64, lane backstore.Lane) (io.ReadCloser, error) {
+	return b.fetch(ctx, off, n, lane, true)
+}
+
+func (b *Blob) fetch(ctx context.Context, off, n int64, lane backstore.Lane, once bool) (io.ReadCloser, error) {
 	if off < 0 || n <= 0 || off > b.d.Size-n {
 		return nil, fmt.Errorf("blob %s: range of %d bytes at %d is outside its %d", b.d.Digest, n, off, b.d.Size)
 	}
 	ctx, cancel := b.c.bound(ctx)
-	s := &stream{b: b, ctx: ctx, cancel: cancel, lane: lane, start: off, off: off, end: off + n}
+	s := &stream{b: b, ctx: ctx, cancel: cancel, lane: lane, once: once, start: off, off: off, end: off + n}
 	if err := s.open(); err != nil {
 		cancel()
 		return nil, err
@@ -120,6 +132,7 @@ type stream struct {
 	ctx       context.Context
 	cancel    context.CancelFunc
 	lane      backstore.Lane
+	once      bool // see FetchOnce
 	start     int64
 	off, end  int64 // still to be read
 	host      *host // that gave body
@@ -132,7 +145,7 @@ type stream struct {
 // open asks for the rest.
 func (s *stream) open() error {
 	q := newRequest(s.b.ref, http.MethodGet, "blobs", s.b.d.Digest.String())
-	q.lane = s.lane
+	q.lane, q.once = s.lane, s.once
 	q.stores = &s.b.stores
 	if s.off != 0 || s.end != s.b.d.Size {
 		q.header.Set("Range", fmt.Sprintf("bytes=%d-%d", s.off, s.end-1))
@@ -258,6 +271,10 @@ func (s *stream) interrupted(cause error) error {
 	s.drop()
 	if s.ctx.Err() != nil {
 		return s.fail(s.error(context.Cause(s.ctx)))
+	}
+	if s.once {
+		return s.fail(s.error(fmt.Errorf("the body ended after %d of %d bytes: %w",
+			s.off-s.start, s.end-s.start, unexpected(cause))))
 	}
 	if s.sinceFail >= progress {
 		s.failures = 0

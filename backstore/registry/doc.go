@@ -17,7 +17,7 @@
 // 429, 5xx), the round is repeated after a back-off, a bounded number of times.
 // Retry-After closes the host for everybody until it has passed. A body that
 // ends early is continued from where it stopped. 401 renews the token, once for
-// all requests that met it.
+// all requests that met it. [Blob.FetchOnce] leaves out all of that patience.
 //
 // Blob reads come in lanes, each with connections of its own. The demand lane
 // uses HTTP/2 where TLS offers it and keeps connections. The background lane

@@ -129,11 +129,12 @@ func (e *Error) Permanent() bool {
 
 func transientCause(err error) bool {
 	var (
-		final *finalError
-		dns   *net.DNSError
+		final    *finalError
+		patience *patienceError
+		dns      *net.DNSError
 	)
 	switch {
-	case err == nil, errors.As(err, &final):
+	case err == nil, errors.As(err, &final), errors.As(err, &patience):
 		return false
 	case isCertificate(err), isPlainHTTPAnswer(err):
 		return false
@@ -154,6 +155,35 @@ func (e *Error) unreachable() bool {
 	var op *net.OpError
 	return e.Status == 0 && (errors.As(e.Err, &op) && op.Op == "dial" || isCertificate(e.Err))
 }
+
+// Answered says that a host of the registry was reached, though it did not give
+// what was asked for.
+func (e *Error) Answered() bool {
+	var patience *patienceError
+	return e.Status != 0 || errors.As(e.Err, &patience)
+}
+
+// RetryAfter is how long the host has asked to be left alone, 0 if it has not.
+func (e *Error) RetryAfter() time.Duration {
+	var patience *patienceError
+	if errors.As(e.Err, &patience) {
+		return patience.after
+	}
+	return max(0, e.retryAfter)
+}
+
+// A patienceError is a request that was not sent, since the host has asked for
+// patience. It is nothing permanent, but nothing to be tried again soon.
+type patienceError struct {
+	host  string
+	after time.Duration
+}
+
+func (e *patienceError) Error() string {
+	return fmt.Sprintf("%s asks to wait %v: try again then", e.host, e.after.Round(time.Second))
+}
+
+func (e *patienceError) Unwrap() error { return errdefs.ErrUnavailable }
 
 // A finalError is an answer that will not get better by asking this host again.
 type finalError struct{ err error }

@@ -9,7 +9,6 @@ import (
 	"net/url"
 	"path"
 	"strings"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/errdefs"
@@ -36,6 +35,7 @@ type request struct {
 	scopes []string                // beside the one for the repository itself
 	body   func() (io.ReadCloser, error)
 	size   int64
+	once   bool // neither tried again nor held back at a gate: an error instead
 
 	// stores are asked before the host itself, without credentials. May be nil.
 	stores *stores
@@ -75,7 +75,7 @@ func (c *Client) do(ctx context.Context, q *request) error {
 	}
 	for failures := 1; ; failures++ {
 		err := c.round(ctx, q, hosts)
-		if err == nil || failures >= c.o.Attempts || !isTransient(err) {
+		if err == nil || q.once || failures >= c.o.Attempts || !isTransient(err) {
 			return err
 		}
 		if cause := c.sleep(ctx, c.backoff(failures)); cause != nil {
@@ -227,14 +227,14 @@ func (c *Client) note(e *Error, host string) {
 }
 
 // pass waits at the host's gate.
-func (c *Client) pass(ctx context.Context, host string) error {
+func (c *Client) pass(ctx context.Context, q *request, host string) error {
 	for {
 		d := c.gates.wait(host, c.now())
 		if d == 0 {
 			return nil
 		}
-		if d > c.o.MaxRetryAfter {
-			return finalf("%s asks to wait %v: try again then: %w", host, d.Round(time.Second), errdefs.ErrUnavailable)
+		if q.once || d > c.o.MaxRetryAfter {
+			return &patienceError{host, d}
 		}
 		if err := c.sleep(ctx, d); err != nil {
 			return err
@@ -303,7 +303,7 @@ func redirect(q *request, resp *http.Response) *url.URL {
 // hop is one request to one address, and again after a challenge.
 func (c *Client) hop(ctx context.Context, q *request, h *host, u *url.URL, authorized bool) (*http.Response, error) {
 	for challenges := 0; ; challenges++ {
-		if err := c.pass(ctx, u.Host); err != nil {
+		if err := c.pass(ctx, q, u.Host); err != nil {
 			return nil, err
 		}
 		w := watch(ctx, c.o.StallTimeout)

@@ -28,6 +28,11 @@ const (
 	idlePerHost = 128
 
 	headerTimeout = 30 * time.Second
+
+	// pingAfter is how long nothing is heard of an HTTP/2 connection before it
+	// is pinged, and pingTimeout how long an answer may take.
+	pingAfter   = 5 * time.Second
+	pingTimeout = 5 * time.Second
 	// uploadHeaderTimeout is longer: registries check and move a blob before
 	// they answer.
 	uploadHeaderTimeout = 10 * time.Minute
@@ -77,6 +82,9 @@ func newLanes(base *http.Transport) *lanes {
 
 	t := &lanes{demand: base.Clone(), background: base.Clone(), upload: base.Clone()}
 	t.demand.ForceAttemptHTTP2 = true
+	// One connection carries all requests: without pings a dead one would hold
+	// up new requests until TCP gives it up, a quarter of an hour later.
+	t.demand.HTTP2 = &http.HTTP2Config{SendPingTimeout: pingAfter, PingTimeout: pingTimeout}
 
 	only1 := new(http.Protocols)
 	only1.SetHTTP1(true)

@@ -5,7 +5,9 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
@@ -25,17 +27,18 @@ type nodeFlags struct {
 	root, transport, hostsDir, platform string
 	plainHTTP                           bool
 	cacheSize, chunkSize                int64
-	retryFor                            time.Duration
+	retryFor, outageFor                 time.Duration
 }
 
 func (f *nodeFlags) add(cmd *cobra.Command) {
 	fs := cmd.Flags()
 	fs.StringVar(&f.root, "root", node.DefaultRoot, "state directory")
-	fs.StringVar(&f.transport, "transport", "auto", "how the device reaches the kernel: auto or fuse")
+	fs.StringVar(&f.transport, "transport", "auto", "how the device reaches the kernel: "+strings.Join(transports, ", ")+"; see doctor")
 	fs.StringVar(&f.platform, "platform", "", "os/arch[/variant] of a multi-platform image (default: this machine's)")
 	fs.Int64Var(&f.cacheSize, "cache-size", backstore.DefaultCacheBytes, "bytes of image data kept on this node")
 	fs.Int64Var(&f.chunkSize, "chunk-size", backstore.DefaultChunkSize, "granularity of the chunk cache, bytes")
-	fs.DurationVar(&f.retryFor, "retry-for", time.Minute, "how long a read asks again for what the registry does not give")
+	fs.DurationVar(&f.retryFor, "retry-for", time.Minute, "how long opening an image asks again for what the registry does not give; and reads, unless --outage is given")
+	fs.DurationVar(&f.outageFor, "outage", 0, "how long reads wait for a registry that is away, 0 for as long as it takes")
 	f.addRegistry(cmd)
 }
 
@@ -44,11 +47,14 @@ func (f *nodeFlags) addRegistry(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.hostsDir, "hosts-dir", "", "containerd's hosts.toml directory (default /etc/containerd/certs.d)")
 }
 
+// transports are those that a device can be asked to have.
+var transports = []string{"auto", "fuse", "erofs", "ublk", "nbd", "tcmu"}
+
 // check finds what is wrong with the flags themselves.
 func (f *nodeFlags) check(cmd *cobra.Command) error {
 	switch {
-	case f.transport != "auto" && f.transport != "fuse":
-		return usagef(cmd, "--transport %s: this version has auto and fuse", f.transport)
+	case !slices.Contains(transports, f.transport):
+		return usagef(cmd, "--transport %s: one of %s", f.transport, strings.Join(transports, ", "))
 	case f.root == "":
 		return usagef(cmd, "--root is empty")
 	case f.cacheSize < 1:
@@ -57,6 +63,8 @@ func (f *nodeFlags) check(cmd *cobra.Command) error {
 		return usagef(cmd, "--chunk-size %d: a power of two from 512 to %d", f.chunkSize, 1<<20)
 	case f.retryFor < 1:
 		return usagef(cmd, "--retry-for %v: more than nothing", f.retryFor)
+	case f.outageFor < 0:
+		return usagef(cmd, "--outage %v: it cannot be negative", f.outageFor)
 	}
 	if f.platform != "" {
 		if _, err := platforms.Parse(f.platform); err != nil {
@@ -76,9 +84,44 @@ func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
 	}
 	return node.Open(&node.Config{
 		Root: f.root, Registry: f.registry(), Platform: f.platform, Transport: f.transport,
-		Cache: backstore.CacheOptions{MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor},
+		Cache: backstore.CacheOptions{MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor, Outage: f.outage(cmd)},
 		Tool:  tool(), Log: logger(cmd),
 	})
+}
+
+// outage is how long reads wait for a registry that is away: for ever, unless
+// --outage or --retry-for was given.
+func (f *nodeFlags) outage(cmd *cobra.Command) time.Duration {
+	if !cmd.Flags().Changed("outage") && cmd.Flags().Changed("retry-for") {
+		return f.retryFor
+	}
+	return f.outageFor
+}
+
+// processFlags are those of a server as a whole, not of one image.
+var processFlags = []string{"cache-size", "chunk-size", "retry-for", "outage"}
+
+// ofProcess are the process flags that were given, as arguments of a server.
+func (f *nodeFlags) ofProcess(cmd *cobra.Command) (args []string) {
+	for _, name := range processFlags {
+		if fl := cmd.Flags().Lookup(name); fl != nil && fl.Changed {
+			args = append(args, "--"+name+"="+fl.Value.String())
+		}
+	}
+	return args
+}
+
+// request asks for the device of an image as the flags say.
+func (f *nodeFlags) request(ref string, t *traceFlags) node.Request {
+	cwd, _ := os.Getwd()
+	r := node.Request{
+		ID: node.NewID(), Ref: ref, Cwd: cwd, Begun: time.Now(), Plan: t.plan(), Trace: t.trace, Workload: t.workload,
+		PlainHTTP: f.plainHTTP, HostsDir: f.hostsDir, Platform: f.platform, Transport: f.transport,
+	}
+	if r.HostsDir != "" && !filepath.IsAbs(r.HostsDir) {
+		r.HostsDir = filepath.Join(cwd, r.HostsDir)
+	}
+	return r
 }
 
 func logger(cmd *cobra.Command) *slog.Logger {
@@ -110,10 +153,6 @@ func (f *traceFlags) check(cmd *cobra.Command) error {
 		return usagef(cmd, "--workload %.140q: a name has at most 128 bytes and no control characters", f.workload)
 	}
 	return nil
-}
-
-func (f *traceFlags) image(args []string) node.ImageOptions {
-	return node.ImageOptions{Trace: f.trace, Workload: f.workload, Args: args}
 }
 
 func (f *traceFlags) plan() replayer.Options { return replayer.Options{Gap: f.gap} }

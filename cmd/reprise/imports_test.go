@@ -36,6 +36,7 @@ var packages = []struct {
 	{"backstore/registry/regtest", nil},
 	{"backstore/device", nil},
 	{"backstore/device/devicetest", []string{"backstore/device"}},
+	{"backstore/device/devicetest/vm", nil},
 	{"backstore/convert", []string{"zfile", "backstore", "backstore/lsmt", "backstore/registry", "backstore/device"}},
 	{"tracefmt/artifact", []string{"tracefmt", "backstore/registry"}},
 	{"recorder", []string{"tracefmt", "backstore"}},
@@ -65,6 +66,8 @@ var heavy = map[string][]string{
 	"github.com/google/go-containerregistry":           {"backstore/registry/regtest"},
 	"github.com/distribution/distribution":             {"backstore/registry/regtest"},
 	"github.com/hanwen/go-fuse":                        {"backstore/device"},
+	"github.com/mdlayher/genetlink":                    {"backstore/device"},
+	"github.com/mdlayher/netlink":                      {"backstore/device"},
 	"oras.land/oras-go/v2":                             {"tracefmt/artifact"},
 	"oras.land/oras-go/v2/registry/remote/credentials": {"backstore/registry"},
 	"github.com/spf13/cobra":                           {"cmd/reprise"},
@@ -86,7 +89,7 @@ var light = []string{
 }
 
 // testSupport are packages of ours that tests of any package may import.
-var testSupport = []string{"backstore/registry/regtest", "backstore/device/devicetest"}
+var testSupport = []string{"backstore/registry", "backstore/registry/regtest", "backstore/device/devicetest"}
 
 // row is the position in packages of a folder's row; -1 if it has none.
 func row(dir string) int {

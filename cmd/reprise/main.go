@@ -91,7 +91,8 @@ func newRoot() *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		newConvert(), newMount(), newUmount(), newRun(), newRecord(), newAttach(),
-		newTrace(), newImage(), newBlob(), newDemo(), newVersion(), newWatch(),
+		newTrace(), newImage(), newBlob(), newDemo(), newSupervise(), newDoctor(), newVersion(),
+		newDaemon(), newServe(), newKeep(),
 	)
 	return root
 }

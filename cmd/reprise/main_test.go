@@ -274,13 +274,14 @@ func (b *bench) leftovers() string {
 	for _, l := range b.loops() {
 		all = append(all, "loop device "+l)
 	}
-	for _, dir := range []string{"state/run", "state/mounts"} {
+	for _, dir := range []string{"state/run", "state/devices"} {
 		entries, _ := os.ReadDir(b.path(dir))
 		for _, e := range entries {
-			if e.Name() != "server.log" {
-				all = append(all, "state "+filepath.Join(dir, e.Name()))
-			}
+			all = append(all, "state "+filepath.Join(dir, e.Name()))
 		}
+	}
+	if _, err := os.Stat(b.path("state/reprise.sock")); err == nil {
+		all = append(all, "the daemon's socket")
 	}
 	return strings.Join(all, "\n")
 }

@@ -3,27 +3,17 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
-	"path/filepath"
-	"syscall"
+	"os/signal"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/replayer/node"
-)
-
-// readyEnv is set for a mount's server: it says how mounting went on readyFD.
-const (
-	readyEnv = "REPRISE_MOUNT_SERVER"
-	readyFD  = 3
 )
 
 type mountFlags struct {
@@ -39,8 +29,10 @@ func newMount() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "mount REF DIR",
 		Short: "Mount an image lazily; returns once it is mounted",
-		Long: `Mount an image lazily at an existing directory. A process in the background
-serves it until it is unmounted, with 'reprise umount' or umount(8).
+		Long: `Mount an image lazily at an existing directory. The daemon, or a process in the
+background where there is none, serves it until it is unmounted, with 'reprise
+umount' or umount(8). A second process in the background starts the first again
+should it be killed, and the mount goes on.
 
 REF is a converted image at a registry, an OCI layout (oci:DIR[:TAG]), or a
 config.v1.json.`,
@@ -55,7 +47,7 @@ config.v1.json.`,
 			if f.foreground {
 				return f.serve(cmd, a[0], a[1])
 			}
-			return f.spawn(cmd, a[0], a[1])
+			return f.mount(cmd, a[0], a[1])
 		},
 	}
 	f.nodeFlags.add(cmd)
@@ -77,149 +69,92 @@ func (f *mountFlags) check(cmd *cobra.Command) error {
 	return cmp.Or(f.nodeFlags.check(cmd), f.traceFlags.check(cmd))
 }
 
-// spawn starts this program again as the server of the mount and waits until
-// that says it is mounted.
-func (f *mountFlags) spawn(cmd *cobra.Command, ref, dir string) error {
-	self, err := os.Executable()
+// request asks for the mount.
+func (f *mountFlags) request(ref, dir string) *node.Request {
+	r := f.nodeFlags.request(ref, &f.traceFlags)
+	r.Dir, r.Writable = dir, f.writable
+	if f.complete {
+		r.Complete = &f.completeOptions
+	}
+	return &r
+}
+
+// mount has the daemon mount the image, or a new process in the background.
+func (f *mountFlags) mount(cmd *cobra.Command, ref, dir string) error {
+	r := f.request(ref, dir)
+	if c := f.daemon(cmd); c != nil {
+		defer c.Close()
+		f.warnOfDaemon(cmd)
+		return f.attach(cmd, c, r)
+	}
+	k, err := f.spawnKeeper(cmd, r)
 	if err != nil {
+		return fmt.Errorf("mount %s: %w", ref, err)
+	}
+	if err := f.attach(cmd, k, r); err != nil {
+		k.settle()
 		return err
 	}
-	r, w, err := os.Pipe()
+	return k.Close()
+}
+
+// attach asks for the mount and says how that went.
+func (f *mountFlags) attach(cmd *cobra.Command, s node.Devices, r *node.Request) error {
+	st, err := s.Attach(cmd.Context(), r, func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) })
 	if err != nil {
+		if cmd.Context().Err() != nil {
+			err = errors.Join(fmt.Errorf("mount %s: %w", r.Ref, context.Cause(cmd.Context())), undo(cmd, s, r.ID))
+		}
 		return err
 	}
-	defer r.Close()
-	server := exec.Command(self, serverArgs(cmd, ref, dir)...)
-	server.Env = append(os.Environ(), readyEnv+"=1")
-	server.ExtraFiles = []*os.File{w}
-	server.Stderr = os.Stderr // until it is mounted
-	server.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = server.Start()
-	_ = w.Close()
-	if err != nil {
-		return fmt.Errorf("start the mount's server: %w", err)
-	}
-	stop := context.AfterFunc(cmd.Context(), func() { _ = server.Process.Signal(syscall.SIGTERM) })
-	defer stop()
-	said, err := io.ReadAll(r)
-	if err != nil {
-		return err
-	}
-	var m mountReady
-	if json.Unmarshal(said, &m) != nil {
-		_ = server.Wait()
-		return fmt.Errorf("mount %s: the mount's server ended before it had mounted: %s", ref, server.ProcessState)
-	}
-	if m.Error != "" {
-		_ = server.Wait()
-		return errors.New(m.Error)
-	}
-	fmt.Fprintf(cmd.OutOrStdout(), "%s mounted at %s, served by process %d\n", m.State.Ref, m.State.Dir, m.State.Pid)
+	fmt.Fprintf(cmd.OutOrStdout(), "%s mounted at %s, served by process %d\n", st.Ref, st.Dir, st.Pid)
 	if f.explain {
-		fmt.Fprintf(cmd.ErrOrStderr(), "trace:    %s\n", m.Trace)
+		if st, err = s.Status(cmd.Context(), st.ID, true); err != nil {
+			return err
+		}
+		fmt.Fprintf(cmd.ErrOrStderr(), "trace:    %s\n", st.Trace)
 	}
-	return server.Process.Release()
+	return nil
 }
 
-// serverArgs is the command line that makes a server of the same mount.
-func serverArgs(cmd *cobra.Command, ref, dir string) []string {
-	args := []string{"mount", "--foreground"}
-	cmd.Flags().Visit(func(f *pflag.Flag) { args = append(args, "--"+f.Name+"="+f.Value.String()) })
-	return append(args, "--", ref, dir)
-}
+// undoTime bounds the undoing of what has been interrupted.
+const undoTime = 15 * time.Second
 
-// mountReady is what a server says once.
-type mountReady struct {
-	State node.MountState `json:"state"`
-	Trace string          `json:"trace,omitempty"`
-	Error string          `json:"error,omitempty"`
-}
-
-// serve mounts and stays until the image is unmounted. A server that was
-// spawned tells its parent how that went, and only the parent tells the user.
-func (f *mountFlags) serve(cmd *cobra.Command, ref, dir string) error {
-	if os.Getenv(readyEnv) == "" {
-		return f.mountAndWait(cmd, ref, dir, func(m mountReady) {
-			if f.explain {
-				fmt.Fprintf(cmd.ErrOrStderr(), "trace:    %s\n", m.Trace)
-			}
-		})
-	}
-	syscall.CloseOnExec(readyFD)
-	_ = os.Unsetenv(readyEnv)
-	parent := os.NewFile(readyFD, "ready")
-	said := false
-	err := f.mountAndWait(cmd, ref, dir, func(m mountReady) {
-		said = true
-		detachOutput(f.root)
-		_ = json.NewEncoder(parent).Encode(m) // a parent that is gone does not want to know
-		_ = parent.Close()
-	})
-	if err != nil && !said {
-		_ = json.NewEncoder(parent).Encode(mountReady{Error: err.Error()})
-		return exitStatus(exitFailed)
+// undo takes away what may have been mounted just before an interrupt.
+func undo(cmd *cobra.Command, s node.Devices, id string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), undoTime)
+	defer cancel()
+	err := s.Release(ctx, id, true)
+	if errors.Is(err, node.ErrServerEnded) {
+		return nil
 	}
 	return err
 }
 
-func (f *mountFlags) mountAndWait(cmd *cobra.Command, ref, dir string, ready func(mountReady)) error {
-	n, err := f.open(cmd)
+// serve mounts and stays until the image is unmounted, as the keeper of the
+// process that serves it.
+func (f *mountFlags) serve(cmd *cobra.Command, ref, dir string) error {
+	signals := make(chan os.Signal, 4)
+	r := f.request(ref, dir)
+	p, err := node.StartPrivate(r.ID, &node.PrivateOptions{
+		Root: f.absRoot(), Command: f.serveArgs(cmd, r), Dir: "/", Stderr: os.Stderr, Log: logger(cmd), Signals: signals,
+	})
 	if err != nil {
-		return err
+		return fmt.Errorf("mount %s: %w", ref, err)
 	}
-	goodbye := func() {}
-	defer func() { goodbye() }()
-	o := &node.MountOptions{Image: f.image(nil), Writable: f.writable, Plan: f.plan()}
-	o.Begin = func(s node.MountState) (err error) {
-		goodbye, err = startWatch(n.Root(), s)
-		return err
+	if err := f.attach(cmd, p, r); err != nil {
+		return errors.Join(err, p.Close())
 	}
-	if f.complete {
-		o.Complete = &f.completeOptions
+	select {
+	case <-p.Done():
+		return p.Err()
+	case <-cmd.Context().Done():
 	}
-	m, err := n.Mount(cmd.Context(), ref, dir, o)
-	if err != nil {
-		return errors.Join(err, n.Close())
-	}
-	said := mountReady{State: m.State}
-	if f.explain {
-		_, said.Trace = m.Image.Trace(cmd.Context())
-	}
-	ready(said)
-	return errors.Join(m.Wait(cmd.Context()), end(cmd, m), n.Close())
-}
-
-// end unmounts. Where files on the mount are in use it takes the mount out of
-// the way and serves them until they are closed, or a second signal comes.
-func end(cmd *cobra.Command, m *node.Mount) error {
-	err := m.Close()
-	if !errors.Is(err, syscall.EBUSY) {
-		return err
-	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "reprise: files on %s are in use: they are served until they are closed; a second signal ends that\n", m.State.Dir)
-	err = m.Detach()
-	if err == nil {
-		err = m.Wait(context.WithoutCancel(cmd.Context()))
-	}
-	return errors.Join(err, m.Close())
-}
-
-// detachOutput gives the terminal and the working directory back; what the
-// server says later goes to a file in the state directory.
-func detachOutput(root string) {
-	path := filepath.Join(root, "mounts", "server.log")
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		f, err = os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	}
-	if err != nil {
-		return
-	}
-	for fd := 1; fd <= 2; fd++ {
-		_ = syscall.Dup3(int(f.Fd()), fd, 0)
-	}
-	_ = f.Close()
-	_ = os.Chdir("/")
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT) // the next one ends it at once
+	defer signal.Stop(signals)
+	signals <- unix.SIGTERM
+	<-p.Done()
+	return p.Err()
 }
 
 func newUmount() *cobra.Command {

@@ -1,12 +1,16 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -21,28 +25,66 @@ import (
 // server is the process that serves a mount of the test.
 func (b *bench) server(dir string) int {
 	b.t.Helper()
-	states, err := filepath.Glob(filepath.Join(b.root, "mounts", "*.json"))
-	require.NoError(b.t, err)
-	for _, name := range states {
-		p, err := os.ReadFile(name)
-		require.NoError(b.t, err)
-		if m := decode(b.t, string(p), "dir", "pid"); m["dir"] == dir {
-			return int(m["pid"].(float64))
-		}
+	if m := b.stateOf(dir); m != nil {
+		return int(m["pid"].(float64))
 	}
 	b.t.Fatalf("no state of %s", dir)
 	return 0
 }
 
-// watcher is the process that watches a server.
-func (b *bench) watcher(server int) int {
+// stateOf is what the state file of a mount says; nil if there is none.
+func (b *bench) stateOf(dir string) map[string]any {
+	b.t.Helper()
+	states, err := filepath.Glob(filepath.Join(b.root, "devices", "*.json"))
+	require.NoError(b.t, err)
+	for _, name := range states {
+		p, err := os.ReadFile(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		require.NoError(b.t, err)
+		if m := decode(b.t, string(p), "request", "pid", "restarts"); m["dir"] == dir {
+			return m
+		}
+	}
+	return nil
+}
+
+// keeper is the process that keeps a server.
+func (b *bench) keeper(server int) int {
 	for _, pid := range b.processes() {
-		if strings.HasSuffix(cmdline(pid), fmt.Sprintf(" %d", server)) {
+		if strings.Contains(cmdline(pid), " "+keepName+" ") && slices.Contains(children(pid), server) {
 			return pid
 		}
 	}
-	b.t.Fatalf("no watcher of process %d", server)
+	b.t.Fatalf("no keeper of process %d", server)
 	return 0
+}
+
+// children are the child processes of all threads of a process.
+func children(pid int) (pids []int) {
+	names, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, name := range names {
+		p, _ := os.ReadFile(name)
+		for _, f := range strings.Fields(string(p)) {
+			if n, err := strconv.Atoi(f); err == nil {
+				pids = append(pids, n)
+			}
+		}
+	}
+	return pids
+}
+
+// restarted waits until a mount has another server than the given one.
+func (b *bench) restarted(dir string, not int) (server int) {
+	eventually(b.t, "the server is started again", func() bool {
+		m := b.stateOf(dir)
+		if m != nil {
+			server = int(m["pid"].(float64))
+		}
+		return m != nil && server != not
+	})
+	return server
 }
 
 func TestMountPoint(t *testing.T) {
@@ -92,52 +134,164 @@ func TestMountPoint(t *testing.T) {
 	b.settled()
 }
 
-// TestMountKilled: when the server is killed its watcher unmounts; without the
-// watcher, the next command does.
+// TestMountKilled: a server that is killed is started again, and nobody notices
+// but by waiting, with and without the registry; without its keeper it serves
+// on. When both are killed the next command takes the dead mount away.
 func TestMountKilled(t *testing.T) {
 	skipUnprivileged(t)
 	b := newBench(t)
 	s := b.smallSite("0s,unlimited")
 	dir := b.mkdir("mnt")
-	for _, rw := range []string{"--rw=false", "--rw"} {
-		b.ok("mount", rw, s.ref, dir)
-		require.NoError(t, unix.Kill(b.server(dir), unix.SIGKILL))
+	for _, rw := range []bool{false, true} {
+		b.ok("mount", fmt.Sprintf("--rw=%v", rw), s.ref, dir)
+		use := b.use(dir, rw)
+		server := 0
+		for i := range 20 {
+			if i == 10 { // what has been read is on this node
+				s.SetFault(func(*http.Request) *regtest.Fault { return &regtest.Fault{Stall: time.Hour} })
+			}
+			server = b.restarted(dir, server)
+			use.rounds(2)
+			require.NoError(t, unix.Kill(server, unix.SIGKILL))
+		}
+		use.rounds(2)
+		use.end()
+		s.SetFault(nil)
+		require.EqualValues(t, 20, b.stateOf(dir)["restarts"])
+		if !rw {
+			require.Equal(t, expected(small.layers), withoutRoot(listTree(t, dir)))
+		}
+		b.ok("umount", dir)
 		b.settled()
 	}
 
-	// Also while files on it are open; they are lost.
-	b.ok("mount", s.ref, dir)
-	f, err := os.Open(dir + "/data/big")
-	require.NoError(t, err)
-	require.NoError(t, unix.Kill(b.server(dir), unix.SIGKILL))
-	eventually(t, "the mount goes", func() bool { return len(b.mounts()) == 0 })
-	_, err = f.ReadAt(make([]byte, 1<<20), 1<<20)
-	require.Error(t, err)
-	require.NoError(t, f.Close())
-	b.settled()
-
-	// A watcher that finds another mount leaves it alone.
+	// Without its keeper a server goes on, and ends as any other.
 	b.ok("mount", s.ref, dir)
 	server := b.server(dir)
-	require.Equal(t, 0, b.run(watchName, b.root, dir, fmt.Sprint(server+1)).code)
+	keeper := b.keeper(server)
+	require.NoError(t, unix.Kill(keeper, unix.SIGKILL))
+	eventually(t, "the keeper goes", func() bool { return !slices.Contains(b.processes(), keeper) })
 	require.FileExists(t, dir+"/data/a")
+	require.Equal(t, server, b.server(dir))
+	b.ok("umount", dir)
+	b.settled()
+
+	// A server that crashes again and again is given up, and its mount with it.
+	b.ok("mount", s.ref, dir)
+	for crashed := 0; len(b.mounts()) > 0; {
+		if m := b.stateOf(dir); m != nil && int(m["pid"].(float64)) != crashed {
+			crashed = int(m["pid"].(float64))
+			_ = unix.Kill(crashed, unix.SIGSEGV)
+		}
+	}
+	b.settled()
 
 	for _, next := range [][]string{{"umount", dir}, {"mount", s.ref, dir}} {
+		b.ok("mount", s.ref, dir)
 		server := b.server(dir)
-		watcher := b.watcher(server)
-		require.NoError(t, unix.Kill(watcher, unix.SIGKILL))
+		require.NoError(t, unix.Kill(b.keeper(server), unix.SIGKILL))
 		require.NoError(t, unix.Kill(server, unix.SIGKILL))
 		eventually(t, "the server goes", func() bool { return len(b.processes()) == 0 })
 		require.NotEmpty(t, b.mounts(), "a dead mount")
 		b.ok(next...)
 		if next[0] == "mount" {
 			require.FileExists(t, dir+"/data/a")
-			break
+			b.ok("umount", dir)
 		}
 		b.settled()
-		b.ok("mount", s.ref, dir)
 	}
-	b.ok("umount", dir)
+}
+
+// A use reads a mount of the small image again and again, past the page cache,
+// and writes to it if that can be.
+type use struct {
+	t    testing.TB
+	done chan struct{} // gets something after each round
+	stop chan struct{}
+	err  chan error
+}
+
+func (b *bench) use(dir string, write bool) *use {
+	u := &use{t: b.t, done: make(chan struct{}), stop: make(chan struct{}), err: make(chan error, 1)}
+	go func() {
+		for i := 0; ; i++ {
+			if err := useOnce(dir, write, i); err != nil {
+				u.err <- err
+				return
+			}
+			select {
+			case u.done <- struct{}{}:
+			case <-u.stop:
+				close(u.err)
+				return
+			}
+		}
+	}()
+	return u
+}
+
+func useOnce(dir string, write bool, i int) error {
+	var files = map[string][]byte{"/data/a": randomBytes(1, 300_000), "/data/big": randomBytes(3, 3_000_000)}
+	if write {
+		name := fmt.Sprintf("/written-%d", i%7)
+		files[name] = randomBytes(uint64(1000+i), 200_000)
+		f, err := os.Create(dir + name)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(files[name])
+		if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+			return err
+		}
+		if i%3 == 2 {
+			if err := os.Remove(fmt.Sprintf("%s/written-%d", dir, (i+3)%7)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	for name, want := range files {
+		if err := readThrough(dir+name, want); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readThrough reads a file from the device and compares it.
+func readThrough(path string, want []byte) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED); err != nil {
+		return err
+	}
+	got, err := io.ReadAll(f)
+	if err == nil && !bytes.Equal(got, want) {
+		err = fmt.Errorf("%s: wrong bytes", path)
+	}
+	return err
+}
+
+// rounds waits until all has been read, and written, n times more.
+func (u *use) rounds(n int) {
+	u.t.Helper()
+	for range n {
+		select {
+		case <-u.done:
+		case err := <-u.err:
+			u.t.Fatal(err)
+		case <-time.After(patience):
+			u.t.Fatal("reading or writing does not come to an end")
+		}
+	}
+}
+
+func (u *use) end() {
+	u.t.Helper()
+	close(u.stop)
+	require.NoError(u.t, <-u.err)
 }
 
 // TestMountSignals: a server in the foreground unmounts when it is told to end.
@@ -146,16 +300,17 @@ func TestMountSignals(t *testing.T) {
 	b := newBench(t)
 	s := b.smallSite("0s,unlimited")
 	dir := b.mkdir("mnt")
+	said := func() string { return "" }
 	serve := func(args ...string) *exec.Cmd {
 		cmd := b.command(append([]string{"mount", "--foreground"}, args...)...)
-		require.NoError(t, cmd.Start())
-		eventually(t, "it is mounted", func() bool { return len(b.mounts()) > 0 })
+		said = b.start(cmd, func(line string) bool { return strings.Contains(line, " mounted at ") })
 		return cmd
 	}
 	for _, sig := range []unix.Signal{unix.SIGTERM, unix.SIGINT} {
 		cmd := serve(s.ref, dir)
 		require.NoError(t, cmd.Process.Signal(sig))
-		require.NoError(t, cmd.Wait())
+		err := cmd.Wait()
+		require.NoError(t, err, said())
 		require.Empty(t, b.leftovers())
 	}
 
@@ -211,8 +366,46 @@ func (s *site) held(match func(*http.Request) bool) (asked <-chan struct{}) {
 	return ch
 }
 
+// dropPageCache makes all reads go to the devices.
+func dropPageCache(t testing.TB) {
+	t.Helper()
+	require.NoError(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0))
+}
+
+// serverPids are the private servers of the test, without the copies that make
+// a system call for them.
+func (b *bench) serverPids() (pids []int) {
+	serves := func(pid int) bool {
+		c := cmdline(pid)
+		return strings.Contains(c, " "+serveName+" ") && !strings.Contains(c, " "+keepName+" ")
+	}
+	for _, pid := range b.processes() {
+		if serves(pid) && !serves(parent(pid)) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// parent is the process ID of a process's parent, 0 if it is gone.
+func parent(pid int) (ppid int) {
+	p, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, after, _ := strings.Cut(string(p), ") ")
+	_, _ = fmt.Sscanf(after, "%c %d", new(rune), &ppid)
+	return ppid
+}
+
+// serverOf is the private server that is about to serve what a command asks for.
+func (b *bench) serverOf() int {
+	b.t.Helper()
+	pids := b.serverPids()
+	require.Len(b.t, pids, 1)
+	return pids[0]
+}
+
 // TestMountIsNotCompleted: the command is interrupted, or its server killed,
 // while the registry keeps it waiting, before and in the middle of mounting.
+// The next server does what the killed one was asked for.
 func TestMountIsNotCompleted(t *testing.T) {
 	skipUnprivileged(t)
 	b := newBench(t)
@@ -223,46 +416,47 @@ func TestMountIsNotCompleted(t *testing.T) {
 	superblock := func(r *http.Request) bool {
 		return strings.Contains(r.URL.Path, base) && strings.HasPrefix(r.Header.Get("Range"), "bytes=4096-")
 	}
-	parent := func(cmd *exec.Cmd) int { return cmd.Process.Pid }
-	server := func(cmd *exec.Cmd) int {
-		for _, pid := range b.processes() {
-			if strings.Contains(cmdline(pid), " mount --foreground ") {
-				return pid
-			}
-		}
-		t.Fatal("no server")
-		return 0
-	}
-	tests := map[string]struct {
-		waits func(*http.Request) bool
-		whom  func(*exec.Cmd) int
-		sig   unix.Signal
-		says  string
-	}{
-		"interrupted at the manifest":     {manifest, parent, unix.SIGINT, "signal received"},
-		"interrupted at the superblock":   {superblock, parent, unix.SIGINT, "signal received"},
-		"server killed at the manifest":   {manifest, server, unix.SIGKILL, "signal: killed"},
-		"server killed at the superblock": {superblock, server, unix.SIGKILL, "signal: killed"},
-	}
-	for name, tt := range tests {
-		t.Run(name, func(t *testing.T) {
-			asked := s.held(tt.waits)
+	places := map[string]func(*http.Request) bool{"manifest": manifest, "superblock": superblock}
+	for name, waits := range places {
+		t.Run("interrupted at the "+name, func(t *testing.T) {
+			asked := s.held(waits)
 			defer s.SetFault(nil)
-			var errs strings.Builder
-			cmd := b.command("mount", s.ref, b.mkdir("mnt"))
-			cmd.Stderr = &errs
-			require.NoError(t, cmd.Start())
-			select {
-			case <-asked:
-			case <-time.After(patience):
-				t.Error("it asks for nothing")
-			}
-			require.NoError(t, unix.Kill(tt.whom(cmd), tt.sig))
+			cmd, errs := b.mounting(s, asked)
+			require.NoError(t, cmd.Process.Signal(unix.SIGINT))
 			_ = cmd.Wait()
-			b.complains(result{cmd.ProcessState.ExitCode(), "", errs.String()}, exitFailed, cmd.Args, tt.says)
-			require.Empty(t, b.files("state/mounts"))
+			b.complains(result{cmd.ProcessState.ExitCode(), "", errs.String()}, exitFailed, cmd.Args, "signal received")
+		})
+		t.Run("server killed at the "+name, func(t *testing.T) {
+			asked := s.held(waits)
+			defer s.SetFault(nil)
+			cmd, errs := b.mounting(s, asked)
+			first := b.serverOf()
+			require.NoError(t, unix.Kill(first, unix.SIGKILL))
+			s.SetFault(nil)
+			require.NoError(t, cmd.Wait(), errs.String())
+			require.NotEqual(t, first, b.server(b.path("mnt")))
+			require.FileExists(t, b.path("mnt/data/a"))
+			b.ok("umount", b.path("mnt"))
+			b.settled()
 		})
 	}
+}
+
+// mounting starts to mount, into a new state directory, up to the request that
+// is held.
+func (b *bench) mounting(s *site, asked <-chan struct{}) (*exec.Cmd, *strings.Builder) {
+	b.t.Helper()
+	require.NoError(b.t, os.RemoveAll(b.root))
+	errs := new(strings.Builder)
+	cmd := b.command("mount", s.ref, b.mkdir("mnt"))
+	cmd.Stderr = errs
+	require.NoError(b.t, cmd.Start())
+	select {
+	case <-asked:
+	case <-time.After(patience):
+		b.t.Fatal("it asks for nothing")
+	}
+	return cmd, errs
 }
 
 // TestRunIsNotCompleted: the same of a start.
@@ -289,6 +483,34 @@ func TestRunIsNotCompleted(t *testing.T) {
 		b.complains(result{cmd.ProcessState.ExitCode(), "", errs.String()}, exitFailed, cmd.Args, "signal received")
 		s.SetFault(nil)
 	}
+}
+
+// TestReplayGoesOn: when the server is killed in the middle of a replay the next
+// one does the rest.
+func TestReplayGoesOn(t *testing.T) {
+	skipWithoutRunc(t)
+	b := newBench(t)
+	s := b.smallSite("0s,unlimited")
+	b.ok("record", "-o", b.path("trace"), s.ref)
+	require.NoError(t, os.RemoveAll(b.root))
+	base := b.layers(s.ref)[0]
+	asked := s.held(func(r *http.Request) bool {
+		return strings.Contains(r.URL.Path, base) && strings.HasPrefix(r.Header.Get("Range"), "bytes=4096-")
+	})
+	cmd := b.command("run", "--explain", "--trace", b.path("trace"), s.ref)
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	require.NoError(t, cmd.Start())
+	select {
+	case <-asked:
+	case <-time.After(patience):
+		t.Error("it asks for nothing")
+	}
+	require.NoError(t, unix.Kill(b.serverOf(), unix.SIGKILL))
+	s.SetFault(nil)
+	require.NoError(t, cmd.Wait(), errs.String())
+	require.Equal(t, "hello from the image\n", out.String())
+	require.Contains(t, errs.String(), "replay:   replayed")
 }
 
 // TestMountTwice: the same image at two places, and under two containers, all
@@ -339,23 +561,50 @@ func TestMountTwice(t *testing.T) {
 	b.ok("umount", one)
 }
 
-// TestRunKilled: nothing is left of a killed run but its directory, which the
-// next one removes.
+// TestRunKilled: a killed server is started again, and the container goes on.
+// A killed run takes the container along, and nothing is left of it.
 func TestRunKilled(t *testing.T) {
 	skipWithoutRunc(t)
 	b := newBench(t)
 	s := b.smallSite("0s,unlimited")
-	cmd := b.command("run", "-e", "WAIT=1000", s.ref)
+	loop := `trap 'exit 7' TERM; echo up; while read -r word; do cat /data/a /data/big /app/page-* > /dev/null || exit 3; echo $word; done`
+	cmd := b.command("run", "--explain", s.ref, "--", "/bin/sh", "-c", loop)
+	in, err := cmd.StdinPipe()
+	require.NoError(t, err)
+	said := b.start(cmd, func(line string) bool { return line == "up" })
+	for i := range 5 {
+		server := b.serverOf()
+		require.NoError(t, unix.Kill(server, unix.SIGKILL))
+		dropPageCache(t)
+		_, err := fmt.Fprintf(in, "word-%d\n", i)
+		require.NoError(t, err)
+		eventually(t, "another server", func() bool { p := b.serverPids(); return len(p) == 1 && p[0] != server })
+	}
+	require.NoError(t, in.Close())
+	require.NoError(t, cmd.Wait(), said())
+	for i := range 5 {
+		require.Contains(t, said(), fmt.Sprintf("word-%d\n", i))
+	}
+	require.Regexp(t, `restarts: [1-5] of the image's server`, said())
+	b.settled()
+
+	cmd = b.command("run", "-e", "WAIT=1000", s.ref)
 	b.start(cmd, func(line string) bool { return line == "hello from the image" })
 	require.NotEmpty(t, b.loops())
 	require.NoError(t, cmd.Process.Kill())
 	require.Error(t, cmd.Wait())
-	eventually(t, "all goes but the directory", func() bool {
+	b.settled()
+
+	// Both at once: the kernel cleans up all but files, and the next run those.
+	cmd = b.command("run", "-e", "WAIT=1000", s.ref)
+	b.start(cmd, func(line string) bool { return line == "hello from the image" })
+	server := b.serverOf()
+	require.NoError(t, cmd.Process.Kill())
+	_ = unix.Kill(server, unix.SIGKILL)
+	require.Error(t, cmd.Wait())
+	eventually(t, "all goes but files", func() bool {
 		return len(b.processes())+len(b.mounts())+len(b.loops()) == 0
 	})
-	left, err := os.ReadDir(filepath.Join(b.root, "run"))
-	require.NoError(t, err)
-	require.Len(t, left, 1)
 	require.Equal(t, "hello from the image\n", b.ok("run", s.ref))
 	b.settled()
 

@@ -33,7 +33,10 @@ func newRecord() *cobra.Command {
 The recording ends, and the container with it, when the first of these comes:
 the container is ready (see the --ready flags; by default when it listens or
 exits) and --tail has passed; nothing new was read for --quiet; --for is over;
-the command is interrupted.`,
+the command is interrupted.
+
+The image is served by this process itself: when it is killed the recording ends,
+and the container with it.`,
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, a []string) error {
 			ref, rest, err := refAndArgs(cmd, a)
@@ -64,7 +67,7 @@ the command is interrupted.`,
 			defer remove()
 			tf.trace = "none"
 			o := &node.RecordOptions{Rules: rules, Out: f, Run: node.RunOptions{
-				Image: tf.image(rest), Args: rest, Config: cfg,
+				Request: nf.request(ref, &tf), Args: rest, Config: cfg,
 				Stdin: os.Stdin, Stdout: cmd.ErrOrStderr(), Stderr: cmd.ErrOrStderr(),
 			}}
 			rec, err := n.Record(cmd.Context(), ref, o)

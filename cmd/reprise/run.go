@@ -41,13 +41,16 @@ func newRun() *cobra.Command {
 			if err := needRoot("run", "to attach a block device and start a container"); err != nil {
 				return err
 			}
-			n, err := nf.open(cmd)
+			o := &node.RunOptions{
+				Request: nf.request(ref, &tf), Args: rest, Config: cfg, Root: nf.absRoot(), Log: logger(cmd),
+				Stdin: os.Stdin, Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(),
+			}
+			s, closeServer, err := nf.server(cmd, &o.Request)
 			if err != nil {
 				return err
 			}
-			o := &node.RunOptions{
-				Image: tf.image(rest), Args: rest, Config: cfg, Plan: tf.plan(),
-				Stdin: os.Stdin, Stdout: cmd.OutOrStdout(), Stderr: cmd.ErrOrStderr(),
+			if _, ok := s.(*node.Private); !ok { // whose words come by themselves
+				o.Say = func(line string) { fmt.Fprintln(cmd.ErrOrStderr(), line) }
 			}
 			var reports io.WriteCloser
 			if reportFD > 0 {
@@ -55,8 +58,8 @@ func newRun() *cobra.Command {
 				defer reports.Close()
 				o.Ready = func(r *node.Report) { _ = json.NewEncoder(reports).Encode(r) }
 			}
-			report, err := n.Run(cmd.Context(), ref, o)
-			err = errors.Join(err, n.Close())
+			report, err := node.Run(cmd.Context(), s, ref, o)
+			err = errors.Join(err, closeServer())
 			if tf.explain && report.Layers > 0 {
 				explain(cmd.ErrOrStderr(), report)
 			}
@@ -109,6 +112,9 @@ func explain(w io.Writer, r *node.Report) {
 			fmt.Fprintf(w, "; %.1f %% of demand served by prefetch; %.1f %% of prefetched bytes read", 100*s.at.Coverage, 100*s.at.Accuracy)
 		}
 		fmt.Fprintln(w)
+	}
+	if r.Restarts > 0 {
+		fmt.Fprintf(w, "restarts: %d of the image's server; figures are since the last\n", r.Restarts)
 	}
 	fmt.Fprint(w, "steps:   ")
 	for _, p := range r.Phases {

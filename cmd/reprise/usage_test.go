@@ -86,7 +86,8 @@ func TestHelp(t *testing.T) {
 	for _, verb := range []string{"convert", "mount", "umount", "run", "record", "attach", "trace", "image", "blob", "demo", "version"} {
 		require.Contains(t, out, "\n  "+verb+" ")
 	}
-	require.NotContains(t, out, watchName)
+	require.NotContains(t, out, serveName)
+	require.NotContains(t, out, keepName)
 	require.Equal(t, out, b.ok())
 	require.Contains(t, b.ok("version"), "trace format 1")
 }

@@ -106,8 +106,9 @@ type Config struct {
 	// NoSeccomp leaves out the seccomp filter, for a runc built without it.
 	NoSeccomp bool
 
-	// Device is the block device that holds the image's file system. It is
-	// mounted read-only. Exactly one of Device and LowerDir is set.
+	// Device is the block device that holds the image's file system, or a file
+	// below /proc/PID/fd that EROFS can mount. It is mounted read-only. Exactly
+	// one of Device and LowerDir is set.
 	Device string
 	// FSType is the type of the file system on Device. Default: ext4.
 	FSType string

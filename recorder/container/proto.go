@@ -24,7 +24,7 @@ const (
 
 // Operations that the program asks for.
 const (
-	opStart = "start" // descriptors: Config, then LowerDir and StateDir if set
+	opStart = "start" // descriptors: Config, then those of mountRoot
 	opExec  = "exec"
 )
 

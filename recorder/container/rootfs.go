@@ -57,7 +57,7 @@ func privateMounts() error {
 // copies: where the machine's mounts do not propagate, as without systemd, they
 // would keep those images' devices busy for as long as this container runs.
 func dropImages() error {
-	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !served(m.Source), false })
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) { return !served(m), false })
 	if err != nil {
 		return fmt.Errorf("list mounts: %w", err)
 	}
@@ -68,9 +68,13 @@ func dropImages() error {
 }
 
 // served tells whether a mount's source is a loop device over a file that a
-// server shows in no directory, and so under a path that does not exist.
-func served(source string) bool {
-	name, ok := strings.CutPrefix(source, "/dev/loop")
+// server shows in no directory, and so under a path that does not exist; or, for
+// EROFS, that file itself.
+func served(m *mountinfo.Info) bool {
+	if m.FSType == "erofs" && strings.HasPrefix(filepath.Base(m.Source), "reprise") {
+		return true
+	}
+	name, ok := strings.CutPrefix(m.Source, "/dev/loop")
 	if !ok {
 		return false
 	}
@@ -103,15 +107,24 @@ func freezeCgroups() error {
 }
 
 // mountRoot mounts the container's root file system on mergedDir. trees are the
-// detached mounts of LowerDir and StateDir, in this order, of those that are set.
+// directory of a Device that is a file, or the detached mount of LowerDir, and
+// that of StateDir, in this order, of those that are set.
 func mountRoot(cfg *Config, trees []*os.File) error {
-	if cfg.LowerDir != "" {
+	switch {
+	case cfg.LowerDir != "":
 		if err := attach(trees[0], lowerDir); err != nil {
 			return fmt.Errorf("lower directory %s: %w", cfg.LowerDir, err)
 		}
 		trees = trees[1:]
-	} else if err := mountDevice(cfg); err != nil {
-		return err
+	case cfg.deviceIsFile():
+		if err := mountDevice(cfg, fmt.Sprintf("/proc/self/fd/%d/%s", trees[0].Fd(), filepath.Base(cfg.Device))); err != nil {
+			return err
+		}
+		trees = trees[1:]
+	default:
+		if err := mountDevice(cfg, cfg.Device); err != nil {
+			return err
+		}
 	}
 	if cfg.StateDir != "" {
 		if err := attach(trees[0], stateDir); err != nil {
@@ -126,8 +139,12 @@ func attach(tree *os.File, dir string) error {
 	return unix.MoveMount(int(tree.Fd()), "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-func mountDevice(cfg *Config) error {
-	err := unix.Mount(cfg.Device, lowerDir, cfg.FSType, unix.MS_RDONLY|unix.MS_NODEV|unix.MS_NOATIME, cfg.MountOptions)
+// deviceIsFile tells a file of a server, which EROFS mounts, from a block device:
+// it is in the server's own /proc/PID/fd, which the stage cannot see.
+func (cfg *Config) deviceIsFile() bool { return strings.HasPrefix(cfg.Device, "/proc/") }
+
+func mountDevice(cfg *Config, source string) error {
+	err := unix.Mount(source, lowerDir, cfg.FSType, unix.MS_RDONLY|unix.MS_NODEV|unix.MS_NOATIME, cfg.MountOptions)
 	switch {
 	case err == nil:
 		return nil

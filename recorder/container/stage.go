@@ -274,7 +274,7 @@ func readConfig(files []*os.File) (*Config, error) {
 		return nil, fmt.Errorf("stage: read configuration: %w", err)
 	}
 	want := 1
-	if cfg.LowerDir != "" {
+	if cfg.LowerDir != "" || cfg.deviceIsFile() {
 		want++
 	}
 	if cfg.StateDir != "" {

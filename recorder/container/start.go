@@ -155,6 +155,14 @@ func (cfg *Config) files() (files []*os.File, err error) {
 		return nil, err
 	}
 	files = append(files, mem)
+	if cfg.deviceIsFile() {
+		dir := filepath.Dir(cfg.Device)
+		fd, err := unix.Open(dir, unix.O_PATH|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return files, fmt.Errorf("device %s: %w", cfg.Device, err)
+		}
+		files = append(files, os.NewFile(uintptr(fd), dir))
+	}
 	if cfg.LowerDir != "" {
 		f, err := tree(cfg.LowerDir)
 		if err != nil {

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"context"
 	"encoding/binary"
 	"fmt"
 	"strings"
@@ -15,24 +14,39 @@ import (
 // demand looks like, so it is fixed and written into traces.
 const readAheadKB = 128
 
-// attach shows the image as a read-only block device, or as a writable one
-// where it has an upper layer.
-func (im *Image) attach(ctx context.Context, readOnly bool) (*device.Device, error) {
+// deviceOptions are those of the image's device, which a device that is adopted
+// has already. It is read-only unless write is set.
+func (im *Image) deviceOptions(id string, write bool) (*device.Options, error) {
 	sector, err := im.sectorSize()
 	if err != nil {
 		return nil, err
 	}
-	d, err := device.Attach(ctx, im.Image, im.Size(), &device.Options{
-		Transport: im.node.o.Transport, ReadOnly: readOnly,
-		SectorSize: sector, ReadAheadKB: readAheadKB,
-		Name:    "reprise:" + im.Ref,
-		OnError: im.logFailures(),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("attach device for %s: %w", im.Ref, err)
+	o := im.serving()
+	o.Transport, o.ReadOnly, o.FSType = im.node.o.Transport, !write, im.FSType
+	o.SectorSize, o.ReadAheadKB = sector, readAheadKB
+	o.ID, o.Name = id, "reprise:"+im.Ref
+	return o, nil
+}
+
+// serving are the options that are this process's, not the device's.
+func (im *Image) serving() *device.Options {
+	return &device.Options{OnError: im.logFailures(), OnSlow: im.logSlow, SlowAfter: slowAfter}
+}
+
+// slowAfter is how long a request may wait before a line is logged of it, and
+// whenever that time has doubled.
+const slowAfter = 10 * time.Second
+
+// logSlow says what a request waits for.
+func (im *Image) logSlow(s device.Slow) {
+	if im.failing.Load() {
+		return
 	}
-	im.phases.mark("device attached")
-	return d, nil
+	args := []any{"image", im.Ref, "device", im.device.Load(), "op", s.Op, "offset", s.Off, "bytes", s.N, "for", s.For.Round(time.Second)}
+	if s.Op == "read" {
+		args = append(args, "waits_for", im.Explain(s.Off, s.N))
+	}
+	im.node.o.Log.Warn("a request of the device takes long", args...)
 }
 
 // failureEvery is how often failed requests are logged: a file system that
@@ -88,6 +102,8 @@ func (im *Image) mountOptions() string {
 		return "noload"
 	case "xfs":
 		return "norecovery"
+	case "erofs":
+		return "directio" // see device.Mount; of a block device it is nothing
 	}
 	return ""
 }

@@ -39,9 +39,11 @@ type Image struct {
 	node     *Node
 	phases   *Phases
 	trace    *lookup
-	readOnly bool        // it has no upper layer
-	lock     *os.File    // on the upper layer that its config names
-	failing  atomic.Bool // reads are made to fail
+	pin      imageState   // what it consists of, to open it again
+	readOnly bool         // it has no upper layer
+	lock     *os.File     // on the upper layer that its config names
+	device   atomic.Value // its path, a string, for messages
+	failing  atomic.Bool  // reads are made to fail
 }
 
 // ImageOptions are the settings of [Node.OpenImage].
@@ -102,6 +104,7 @@ func (n *Node) openSource(ctx context.Context, ref string, o ImageOptions) (*Ima
 		return nil, err
 	}
 	im := &Image{Ref: ref, Manifest: m.digest, FSType: fs, node: n, phases: o.Phases, readOnly: true}
+	im.pin.Layers = m.layers
 	g, gctx := errgroup.WithContext(ctx)
 	config := make(chan struct{})
 	g.Go(func() error {
@@ -167,6 +170,7 @@ func (n *Node) openConfig(ctx context.Context, path string, o ImageOptions, writ
 		}
 	}
 	im := &Image{Ref: path, FSType: "ext4", node: n, phases: o.Phases, readOnly: true}
+	im.pin.Local = c
 	if im.Image, err = backstore.OpenImage(ctx, sources); err != nil {
 		return nil, err
 	}
@@ -186,12 +190,16 @@ func regular(path string) error {
 	return err
 }
 
-// openUpper adds the writable layer that a configuration names, if it does.
+// openUpper adds the writable layer that a configuration names, if it does. The
+// lock on it may be there already.
 func (im *Image) openUpper(c *backstore.Config, write bool) (err error) {
 	if c.Upper.Data == "" {
 		return nil
 	}
-	if im.lock, err = lockUpper(c.Upper.Data, write); err != nil {
+	if im.lock == nil {
+		im.lock, err = lockUpper(c.Upper.Data, write)
+	}
+	if err != nil {
 		return fmt.Errorf("open upper layer: %w", err)
 	}
 	upper, err := c.OpenUpper()
@@ -305,6 +313,14 @@ func (im *Image) failWith(ctx context.Context) (stop func()) {
 func (im *Image) fail() {
 	im.failing.Store(true)
 	_ = im.Image.Close()
+}
+
+// cancelReads makes reads fail that wait for the registry, where nothing that
+// was written can be lost by it.
+func (im *Image) cancelReads() {
+	if im.readOnly {
+		im.fail()
+	}
 }
 
 // Close releases the image. Its device must have been closed. That its blobs

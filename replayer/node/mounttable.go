@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
+
+	"github.com/reprise-project/reprise/backstore/device"
 )
 
 // mounts lists what of this mount namespace's table pick chooses. A table that
@@ -26,15 +29,11 @@ func isMountPoint(dir string) bool {
 }
 
 // mountedAt reports whether dev is mounted at dir, or below other mounts there.
-func mountedAt(dir, dev string) bool {
-	return len(mounts(func(m *mountinfo.Info) bool { return m.Mountpoint == dir && m.Source == dev })) > 0
-}
+func mountedAt(dir, dev string) bool { return slices.Contains(device.Mounts(dev), dir) }
 
 // mounted reports whether dev is mounted anywhere: also where dir was moved, or
 // bound to.
-func mounted(dev string) bool {
-	return len(mounts(func(m *mountinfo.Info) bool { return m.Source == dev })) > 0
-}
+func mounted(dev string) bool { return len(device.Mounts(dev)) > 0 }
 
 // backingOf is what the kernel calls the backing file of a loop device, empty
 // if it has none. It tells one user of /dev/loopN from the next.

@@ -3,22 +3,35 @@
 // starts a container on it, and records or replays that start. The commands,
 // the comparisons and the snapshotter stand on it.
 //
+// # Nouns
+//
 // A [Node] is the state directory with the chunk cache and the registry
-// client. Everything exported is safe for concurrent use. Close what was opened
-// on a node before the node: containers, mounts, images, then the node.
+// client. An [Image] is open on a node. A [Server] attaches images as devices,
+// mounts them, and serves the devices; a [Client] asks a server in another
+// process to. Both are [Devices], on which [Run] starts a container. A keeper is
+// the server's parent: it holds the descriptors that devices live by, and starts
+// the server again when it is killed.
+//
+//	keeper ── server ──── device, mount
+//	             └ unix socket, HTTP ── clients: run, mount, umount
 //
 // # Killed processes
 //
-// The kernel cleans up after a killed [Node.Run], but for a directory below
-// Root, which the next run removes. A killed [Node.Mount] leaves a mount whose
-// device answers nothing but errors: whoever waits for the end of the process
-// calls [Reap]; otherwise the next [Node.Mount] or [Unmount] at the same
-// directory takes it away.
+// A server may be killed at any moment, and is replaced in the same way: the
+// next one reads the state files (state.go), opens the same images at the same
+// versions and adopts the devices, whose users only wait for it. What is left
+// when the keeper was killed too is dead, and answers with I/O errors; the next
+// mount or unmount at the same directory, or [Reap], takes it away. A server
+// whose keeper was killed goes on until its devices are not used any more.
+//
+// # Concurrency
+//
+// Everything exported is safe for concurrent use. Close what was opened on a
+// node before the node: containers, servers, images, then the node.
 //
 // # Deadlocks
 //
-// A process that has mounted an image serves it: it must not look into the
-// mount itself.
+// A process that serves a mounted image must not look into the mount itself.
 package node
 
 import (
@@ -107,6 +120,28 @@ func Open(c *Config) (*Node, error) {
 	}
 	n.client, n.cache = client, cache
 	return n, nil
+}
+
+// with is a node of the same root and cache that reaches registries, chooses
+// platforms, and logs as a request asks for. Only its client is to be closed.
+func (n *Node) with(r *Request, log *slog.Logger) (*Node, error) {
+	w := &Node{o: n.o, platform: n.platform, cache: n.cache, client: n.client}
+	w.o.Log = log
+	if r.Transport != "" {
+		w.o.Transport = r.Transport
+	}
+	if r.Platform != "" {
+		p, err := platforms.Parse(r.Platform)
+		if err != nil {
+			return nil, fmt.Errorf("platform %q: %w", r.Platform, err)
+		}
+		w.platform = &p
+	}
+	o := n.o.Registry
+	o.PlainHTTP, o.HostsDir = o.PlainHTTP || r.PlainHTTP, cmp.Or(r.HostsDir, o.HostsDir)
+	client, err := registry.New(&o)
+	w.client = client
+	return w, err
 }
 
 // Registry is the node's registry client.

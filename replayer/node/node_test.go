@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -17,6 +18,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/reprise-project/reprise/backstore/device"
 	"github.com/reprise-project/reprise/backstore/lsmt"
 	"github.com/reprise-project/reprise/backstore/registry"
 	"github.com/reprise-project/reprise/zfile"
@@ -314,4 +316,26 @@ func TestLogFailures(t *testing.T) {
 		fail(io.ErrUnexpectedEOF)
 	}
 	require.Equal(t, 1, strings.Count(log.String(), "the device cannot be read"))
+}
+
+// A request that takes long is named, with what it waits for.
+func TestLogSlow(t *testing.T) {
+	n, log := openNode(t)
+	l := newLayout(t)
+	l.index(l.image(ocispec.ImageConfig{}, l.converted(testLayer(t, 8192, below))))
+	im, err := n.OpenImage(t.Context(), "oci:"+l.dir, nil)
+	require.NoError(t, err)
+	im.device.Store("/dev/loop7")
+	im.logSlow(device.Slow{Op: "read", Off: 8192, N: 4096, For: 20 * time.Second})
+	for _, says := range []string{l.dir, "/dev/loop7", "op=read", "offset=8192", "bytes=4096", "for=20s", "waits_for=", "layer 0"} {
+		require.Contains(t, log.String(), says)
+	}
+	log.Reset()
+	im.logSlow(device.Slow{Op: "sync", For: 40 * time.Second})
+	require.Contains(t, log.String(), "op=sync")
+	require.NoError(t, im.Close())
+	log.Reset()
+	im.fail()
+	im.logSlow(device.Slow{Op: "read", For: 40 * time.Second})
+	require.Empty(t, log.String(), "reads are made to fail")
 }

@@ -1,6 +1,8 @@
 package node
 
 import (
+	"cmp"
+	"slices"
 	"sync"
 	"time"
 )
@@ -20,6 +22,21 @@ type Phase struct {
 
 // NewPhases starts the clock.
 func NewPhases() *Phases { return &Phases{start: time.Now()} }
+
+// phasesSince has the zero that another process has chosen.
+func phasesSince(t time.Time) *Phases {
+	if t.IsZero() {
+		return NewPhases()
+	}
+	return &Phases{start: t}
+}
+
+// merged is two lists of the same zero in one, in order of time.
+func merged(a, b []Phase) []Phase {
+	all := append(append([]Phase(nil), a...), b...)
+	slices.SortStableFunc(all, func(a, b Phase) int { return cmp.Compare(a.At, b.At) })
+	return all
+}
 
 // Start is the zero of the phases.
 func (p *Phases) Start() time.Time { return p.start }

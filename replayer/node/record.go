@@ -37,15 +37,16 @@ type Recording struct {
 func (n *Node) Record(ctx context.Context, ref string, o *RecordOptions) (*Recording, error) {
 	r := &recording{n: n, o: o, end: make(chan struct{})}
 	run := o.Run
-	run.hooks = hooks{open: r.open, ready: r.ready, over: r.over}
+	run.hooks = hooks{ready: r.ready, over: r.over}
 	if !o.Keep {
 		run.hooks.end = r.end
 	}
-	report, err := n.Run(ctx, ref, &run)
+	report, err := n.run(ctx, ref, &run, r.open)
 	out := &Recording{Report: report}
 	if r.rec == nil {
 		return out, err
 	}
+	r.over() // also where the container was never started
 	reason, recErr := r.rec.Wait(ctx)
 	out.Reason, out.Stats = reason, r.rec.Stats()
 	return out, errors.Join(err, recErr, r.failed)
@@ -62,7 +63,7 @@ type recording struct {
 }
 
 func (r *recording) open(im *Image) error {
-	rec, err := recorder.New(r.o.Out, im.traceHeader(r.n.o.Tool, r.o.Run.Image, r.o.Run.Args), &r.o.Rules)
+	rec, err := recorder.New(r.o.Out, im.traceHeader(r.n.o.Tool, r.o.Run.Request.imageOptions(), r.o.Run.Args), &r.o.Rules)
 	if err != nil {
 		return err
 	}

@@ -4,40 +4,46 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"sync"
 	"time"
 
-	"github.com/reprise-project/reprise/backstore/device"
 	"github.com/reprise-project/reprise/recorder/container"
 	"github.com/reprise-project/reprise/replayer"
 )
 
-// RunOptions say what [Node.Run] starts, and how.
+// RunOptions say what [Run] starts, and how.
 type RunOptions struct {
-	Image  ImageOptions
-	Args   []string // replace the image's command
-	Config container.Config
-	Stdin  *os.File
-	Stdout io.Writer
-	Stderr io.Writer
-	// Plan are the settings of the replay.
-	Plan replayer.Options
+	// Request asks for the image's device; Ref, Args, Begun and Leased are set by
+	// Run, and ID if it is empty.
+	Request Request
+	Args    []string // replace the image's command
+	Config  container.Config
+	Stdin   *os.File
+	Stdout  io.Writer
+	Stderr  io.Writer
+	// Say, if set, is told what the server logs while it opens the image.
+	Say func(line string)
 	// Ready is called once, when the container is ready, with the report so
 	// far; the container goes on.
 	Ready func(*Report)
 	// Grace is how long a container has to end after ctx ends, 10 s by default.
 	Grace time.Duration
+	// Root is where the container's own files are, and Log receives warnings:
+	// the node's for [Node.Run].
+	Root  string
+	Log   *slog.Logger
 	hooks hooks
 }
 
 // hooks are where a recording takes part in a run. Each may be nil.
 type hooks struct {
-	open  func(*Image) error // the image is open, nothing has been read
-	ready func(error)        // the container is ready, or known never to be
-	over  func()             // the container has ended
-	end   <-chan struct{}    // ends the container when closed
+	ready func(error)     // the container is ready, or known never to be
+	over  func()          // the container has ended
+	end   <-chan struct{} // ends the container when closed
 }
 
 // lastReads is how long the reads of a container that has ended, or is killed,
@@ -59,6 +65,23 @@ type Report struct {
 	Trace    string          `json:"trace"`    // where the trace is from, or why there is none
 	Replay   replayer.Result `json:"replay"`
 	Exit     int             `json:"exit"`
+	// Restarts is how often the image's server was started again meanwhile: it
+	// had been killed, and figures count from the last time on.
+	Restarts int `json:"restarts"`
+}
+
+// Run starts a container on an image of this process's own server, as the
+// function Run does. A killed process takes the container along.
+func (n *Node) Run(ctx context.Context, ref string, o *RunOptions) (*Report, error) {
+	return n.run(ctx, ref, o, nil)
+}
+
+func (n *Node) run(ctx context.Context, ref string, o *RunOptions, opened func(*Image) error) (*Report, error) {
+	s := NewServer(n, &ServerOptions{Log: n.o.Log, opened: opened})
+	local := *o
+	local.Root, local.Log = n.o.Root, n.o.Log
+	r, err := Run(ctx, s, ref, &local)
+	return r, errors.Join(err, s.Close())
 }
 
 // Run starts a container on the image, with the trace that the options name,
@@ -66,75 +89,190 @@ type Report struct {
 // the container is stopped. Nothing is left behind, whatever happens, except
 // that a killed process leaves its directory below Root, which the next run
 // removes.
-func (n *Node) Run(ctx context.Context, ref string, o *RunOptions) (*Report, error) {
-	r := &run{n: n, o: *o, report: &Report{Image: ref}}
-	r.phases = cmp.Or(o.Image.Phases, NewPhases())
-	r.o.Image.Phases, r.o.Image.Args = r.phases, o.Args
-	err := r.run(ctx, ref)
-	r.report.Phases = r.phases.List()
+//
+// The image is served by s: when that is killed and started again the container
+// only waits.
+func Run(ctx context.Context, s Devices, ref string, o *RunOptions) (*Report, error) {
+	r := &run{s: s, o: *o, phases: NewPhases(), report: &Report{Image: ref}}
+	r.o.Log = cmp.Or(r.o.Log, slog.Default())
+	q := &r.o.Request
+	q.ID = cmp.Or(q.ID, NewID())
+	q.Ref, q.Args, q.Begun, q.Leased = ref, o.Args, r.phases.Start(), true
+	err := r.run(ctx)
+	r.report.Phases = merged(r.phases.List(), r.report.Phases)
 	return r.report, err
 }
 
 // run is one start while it lasts.
 type run struct {
-	n      *Node
+	s      Devices
 	o      RunOptions
-	phases *Phases
-	im     *Image
+	phases *Phases    // of this process; those of the server are in the report
 	mu     sync.Mutex // guards report while the container runs
 	report *Report
-	replay chan replayer.Result
-	stop   context.CancelFunc // of the replay
-	ended  sync.Once          // likewise
 }
 
-func (r *run) run(ctx context.Context, ref string) (err error) {
-	state, err := r.n.newRunDir()
+func (r *run) run(ctx context.Context) (err error) {
+	state, err := newRunDir(r.o.Root, r.o.Log)
 	if err != nil {
 		return err
 	}
-	defer state.remove(r.n)
+	defer state.remove()
+	attached := r.attach(ctx) // beside the start of the stage
 	stage, err := container.NewStage(ctx, &container.Options{Stdin: r.o.Stdin, Stdout: r.o.Stdout, Stderr: r.o.Stderr})
 	if err != nil {
-		return err
+		return errors.Join(err, attached.undo())
 	}
 	defer func() { err = errors.Join(err, stage.Close()) }() // again, for the early returns
-	if r.im, err = r.n.OpenImage(ctx, ref, &r.o.Image); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, r.im.Close()) }()
-	r.report.Manifest, r.report.Layers = string(r.im.Manifest), len(r.im.Layers())
-	r.report.Workload = r.im.workload(r.o.Image)
-	r.startReplay(ctx)
-	defer r.endReplay()
-	if h := r.o.hooks; h.open != nil {
-		if err := h.open(r.im); err != nil {
-			return err
-		}
-		defer h.over()
-	}
-	dev, err := r.im.attach(ctx, true)
+	dev, err := attached.wait()
 	if err != nil {
+		if errors.Is(err, context.Cause(ctx)) {
+			err = fmt.Errorf("open %s: %w", r.report.Image, err)
+		}
 		return err
 	}
-	defer func() { err = errors.Join(err, dev.Close()) }()
+	r.note(dev)
+	defer func() { err = errors.Join(err, r.release()) }()
+	ctx, stop := r.lease(ctx)
+	defer stop()
 	defer func() {
 		// Nobody wants bytes any more, but unmounting waits for those under way.
-		r.endReplay()
-		fail := time.AfterFunc(lastReads, r.im.fail)
+		r.quiesce()
 		err = errors.Join(err, stage.Close())
-		fail.Stop()
+		if r.o.hooks.over != nil {
+			r.o.hooks.over()
+		}
 	}()
 	return r.contain(ctx, stage, dev, state.path)
 }
 
+// An attaching is a request for a device that is under way.
+type attaching struct {
+	r      *run
+	cancel context.CancelFunc
+	done   chan struct{} // closed: what follows is there
+	dev    *Status
+	err    error
+}
+
+// attach begins to ask for the device.
+func (r *run) attach(ctx context.Context) *attaching {
+	a := &attaching{r: r, done: make(chan struct{})}
+	ctx, a.cancel = context.WithCancel(ctx)
+	go func() {
+		defer close(a.done)
+		a.dev, a.err = r.s.Attach(ctx, &r.o.Request, r.o.Say)
+	}()
+	return a
+}
+
+func (a *attaching) wait() (*Status, error) {
+	<-a.done
+	a.cancel()
+	return a.dev, a.err
+}
+
+// undo gives the request up.
+func (a *attaching) undo() error {
+	a.cancel()
+	<-a.done
+	if a.err != nil {
+		return nil
+	}
+	return a.r.release()
+}
+
+// lease holds the device. The context that it returns ends with it; stop ends
+// the lease and waits for it.
+func (r *run) lease(ctx context.Context) (_ context.Context, stop func()) {
+	lost, cancel := context.WithCancelCause(ctx)
+	held, letGo := context.WithCancel(context.WithoutCancel(ctx))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := r.s.Lease(held, r.o.Request.ID); err != nil {
+			cancel(fmt.Errorf("%s: %w", r.report.Image, err))
+		}
+	}()
+	return lost, func() {
+		letGo()
+		<-done
+		cancel(nil)
+	}
+}
+
+// note takes what the server says of the device into the report. r.mu is held,
+// or the container does not run.
+func (r *run) note(st *Status) {
+	p := r.report
+	p.Manifest, p.Layers, p.Workload = string(st.Manifest), st.Layers, st.Workload
+	p.Phases, p.Trace, p.Replay, p.Restarts = st.Phases, st.Trace, st.Replay, st.Restarts
+}
+
+// serverTime bounds what is asked of the server when a container has ended.
+const serverTime = 30 * time.Second
+
+// status asks for the figures of this moment, to which it adds this process's.
+func (r *run) status() (Snapshot, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), serverTime)
+	defer cancel()
+	st, err := r.s.Status(ctx, r.o.Request.ID, false)
+	if err != nil {
+		return Snapshot{}, err
+	}
+	r.note(st)
+	return r.withOwn(st), nil
+}
+
+// withOwn adds this process's part to the server's figures.
+func (r *run) withOwn(st *Status) Snapshot {
+	now := st.Now
+	if st.Pid != os.Getpid() {
+		now.addUsage()
+	}
+	return now
+}
+
+// quiesce ends the replay and has reads fail soon.
+func (r *run) quiesce() {
+	ctx, cancel := context.WithTimeout(context.Background(), serverTime)
+	defer cancel()
+	st, err := r.s.Quiesce(ctx, r.o.Request.ID, lastReads)
+	if err != nil {
+		return // the server is gone, and its device
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.note(st)
+}
+
+func (r *run) release() error {
+	ctx, cancel := context.WithTimeout(context.Background(), serverTime)
+	defer cancel()
+	err := r.s.Release(ctx, r.o.Request.ID, false)
+	switch {
+	case errors.Is(err, ErrServerEnded):
+		return nil // and its device with it; what the container met says more
+	case ctx.Err() != nil:
+		return fmt.Errorf("release the device of %s: it is still in use, perhaps in another mount namespace: %w", r.report.Image, err)
+	}
+	return err
+}
+
+// fail makes reads fail.
+func (r *run) fail() {
+	ctx, cancel := context.WithTimeout(context.Background(), serverTime)
+	defer cancel()
+	_ = r.s.Fail(ctx, r.o.Request.ID)
+}
+
 // contain runs the container itself.
-func (r *run) contain(ctx context.Context, stage *container.Stage, dev *device.Device, state string) error {
+func (r *run) contain(ctx context.Context, stage *container.Stage, dev *Status, state string) error {
 	cfg := r.o.Config
-	cfg.Image, cfg.Args = r.im.Config.Config, r.o.Args
-	cfg.Device, cfg.FSType, cfg.MountOptions = dev.Path(), r.im.FSType, r.im.mountOptions()
+	cfg.Image, cfg.Args = dev.Config.Config, r.o.Args
+	cfg.Device, cfg.FSType, cfg.MountOptions = dev.Device, dev.FSType, dev.MountOptions
 	cfg.StateDir = state
-	stop := r.im.failWith(ctx)
+	stop := context.AfterFunc(ctx, r.fail) // mounting cannot be interrupted while it waits for bytes
 	c, err := stage.Start(ctx, &cfg)
 	stop()
 	if err != nil {
@@ -173,10 +311,14 @@ func (r *run) awaitReady(ctx context.Context, c *container.Container) {
 	} else {
 		r.report.NotReady = err.Error()
 	}
-	r.report.Start = snapshot(r.im)
+	var figures error
+	r.report.Start, figures = r.status()
 	now := *r.report
 	r.mu.Unlock()
-	if now.Phases = r.phases.List(); err == nil && r.o.Ready != nil {
+	if figures != nil {
+		r.o.Log.Warn("no figures of the start", "err", figures)
+	}
+	if now.Phases = merged(r.phases.List(), now.Phases); err == nil && r.o.Ready != nil {
 		r.o.Ready(&now)
 	}
 }
@@ -199,36 +341,19 @@ func (r *run) await(ctx context.Context, c *container.Container) error {
 	if err != nil && over.Err() != nil {
 		grace := cmp.Or(r.o.Grace, 10*time.Second)
 		// A process that waits for bytes cannot be killed, so then they come no more.
-		fail := time.AfterFunc(grace+lastReads, r.im.fail)
+		fail := time.AfterFunc(grace+lastReads, r.fail)
 		status, err = c.Stop(context.WithoutCancel(ctx), grace)
 		fail.Stop()
 	}
 	r.mu.Lock()
-	r.report.Exit, r.report.End = status, snapshot(r.im)
+	r.report.Exit = status
+	r.report.End, _ = r.status()
 	r.mu.Unlock()
 	r.phases.mark("ended")
+	if cause := context.Cause(ctx); errors.Is(cause, ErrServerEnded) || errors.Is(cause, ErrNoDevice) {
+		err = errors.Join(cause, err)
+	}
 	return err
-}
-
-// startReplay fetches ahead once the trace is found.
-func (r *run) startReplay(ctx context.Context) {
-	ctx, r.stop = context.WithCancel(ctx)
-	r.replay = make(chan replayer.Result, 1)
-	go func() { r.replay <- r.n.replay(ctx, r.im, r.o.Plan) }() // endReplay waits for it
-}
-
-// endReplay stops the replay, if it goes on, and reports of it.
-func (r *run) endReplay() {
-	r.ended.Do(func() {
-		r.stop()
-		r.report.Replay = <-r.replay
-		select {
-		case <-r.im.trace.done:
-			r.report.Trace = r.im.trace.why
-		default:
-			r.report.Trace = "the lookup had not ended"
-		}
-	})
 }
 
 // replay waits for the trace of an image and replays it. A trace that was there

@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -17,15 +18,16 @@ import (
 type runDir struct {
 	path    string
 	lock    *os.File
+	log     *slog.Logger
 	removal sync.WaitGroup // of what killed processes have left
 }
 
 // newRunDir makes a directory for one container, and begins to remove those
 // of killed processes.
-func (n *Node) newRunDir() (*runDir, error) {
-	base := filepath.Join(n.o.Root, "run")
+func newRunDir(root string, log *slog.Logger) (*runDir, error) {
+	base := filepath.Join(root, "run")
 	if err := os.MkdirAll(base, 0o711); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
+		return nil, fmt.Errorf("state directory: %w; name another with --root", err)
 	}
 	// With the lock on base, none of the directories in it is being made.
 	all, err := lockDir(base, unix.LOCK_EX)
@@ -34,13 +36,13 @@ func (n *Node) newRunDir() (*runDir, error) {
 	}
 	defer all.Close()
 	stale := staleDirs(base)
-	d := &runDir{}
+	d := &runDir{log: log}
 	if d.path, err = os.MkdirTemp(base, ""); err == nil {
 		d.lock, err = lockDir(d.path, unix.LOCK_EX)
 	}
 	for _, f := range stale {
 		d.removal.Go(func() {
-			n.removeDir(f.Name())
+			removeDir(f.Name(), log)
 			_ = f.Close()
 		})
 	}
@@ -53,15 +55,29 @@ func (n *Node) newRunDir() (*runDir, error) {
 }
 
 // remove removes the directory, and returns when all removals are through.
-func (d *runDir) remove(n *Node) {
-	n.removeDir(d.path)
+func (d *runDir) remove() {
+	removeDir(d.path, d.log)
 	_ = d.lock.Close()
 	d.removal.Wait()
 }
 
-func (n *Node) removeDir(path string) {
+func removeDir(path string, log *slog.Logger) {
 	if err := os.RemoveAll(path); err != nil {
-		n.o.Log.Warn("remove a container's directory", "err", err)
+		log.Warn("remove a container's directory", "err", err)
+	}
+}
+
+// reapRunDirs removes the directories of killed processes.
+func reapRunDirs(root string, log *slog.Logger) {
+	base := filepath.Join(root, "run")
+	all, err := lockDir(base, unix.LOCK_EX)
+	if err != nil {
+		return
+	}
+	defer all.Close()
+	for _, f := range staleDirs(base) {
+		removeDir(f.Name(), log)
+		_ = f.Close()
 	}
 }
 

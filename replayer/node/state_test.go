@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"testing"
@@ -9,6 +10,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"github.com/stretchr/testify/require"
+
+	"github.com/reprise-project/reprise/backstore/device"
 )
 
 func TestMountTable(t *testing.T) {
@@ -44,122 +47,150 @@ func TestMountPoint(t *testing.T) {
 	require.ErrorContains(t, checkMountPoint("/proc"), "something is mounted there already")
 }
 
-// Locks are of an opening, so that this process stands for several.
+func newState(root, dir string) *state {
+	id := NewID()
+	return &state{Version: stateVersion, Request: Request{ID: id, Ref: "image"}, Dir: dir, Socket: PrivateSocket(root, id), Pid: 42}
+}
+
+// live has somebody listen at the socket of a state, until the function it
+// returns is called.
+func (s *state) live(t *testing.T) (die func()) {
+	l, err := listen(s.Socket)
+	require.NoError(t, err)
+	return func() { require.NoError(t, l.Close()) }
+}
+
 func TestState(t *testing.T) {
 	n, _ := openNode(t)
-	dir := t.TempDir()
-	path := statePath(n.Root(), dir)
-	_, err := openState(path, os.O_RDWR)
-	require.ErrorIs(t, err, os.ErrNotExist)
+	root, dir := n.Root(), t.TempDir()
+	_, err := stateOf(root, dir)
+	require.ErrorIs(t, err, ErrNotMounted)
+	require.ErrorIs(t, Unmount(t.Context(), root, dir), ErrNotMounted)
+	require.NoError(t, Reap(root))
+	require.NoDirExists(t, devicesDir(root))
 
-	s, err := n.claimState(t.Context(), dir)
+	require.NoError(t, makeDevicesDir(root))
+	s := newState(root, dir)
+	die := s.live(t)
+	require.NoError(t, s.claim(t.Context(), root))
+	got, err := stateOf(root, dir)
 	require.NoError(t, err)
-	require.Zero(t, s.read(), "nothing yet")
-	want := MountState{Dir: dir, Ref: "image", Device: "/dev/nosuchdevice", Pid: 42}
-	require.NoError(t, s.write(MountState{Dir: dir, Ref: "a longer name than that"}))
-	require.NoError(t, s.write(want))
-	require.Equal(t, want, s.read())
-	_, err = openState(path, os.O_RDWR)
-	require.ErrorIs(t, err, errLocked)
+	require.Equal(t, s, got)
+	s.Image = &imageState{FSType: "ext4"}
+	s.Device = &device.State{ID: s.Request.ID, Size: 4096}
+	require.NoError(t, s.write(root, true))
+	require.NoError(t, s.claim(t.Context(), root), "it is its own")
+	got, err = readState(statePath(root, s.Request.ID))
+	require.NoError(t, err)
+	require.Equal(t, s, got)
+	files, err := os.ReadDir(devicesDir(root))
+	require.NoError(t, err)
+	require.Len(t, files, 2, "state and socket")
+
+	// The mount point is taken, as long as there is somebody.
+	other := newState(root, dir)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err = n.claimState(ctx, dir)
-	require.ErrorIs(t, err, context.Canceled)
-
-	// Other processes' mounts are left alone.
-	require.NoError(t, Reap(t.Context(), n.Root(), dir, 43))
-	require.ErrorIs(t, Reap(ctx, n.Root(), dir, 42), context.Canceled, "it lives")
-	require.ErrorIs(t, Unmount(ctx, n.Root(), dir), context.Canceled)
-	require.FileExists(t, path)
-
-	// It dies.
-	require.NoError(t, os.WriteFile(s.upper(), nil, 0o600))
-	require.NoError(t, s.f.Close())
-	require.NoError(t, Reap(t.Context(), n.Root(), dir, 43))
-	require.FileExists(t, path)
-	require.NoError(t, Reap(t.Context(), n.Root(), dir, 42))
-	require.NoFileExists(t, path)
-	require.NoFileExists(t, s.upper())
-	require.NoError(t, Reap(t.Context(), n.Root(), dir, 42), "again")
-	require.ErrorIs(t, Unmount(t.Context(), n.Root(), dir), ErrNotMounted)
+	require.ErrorIs(t, other.claim(ctx, root), context.Canceled)
+	require.NoError(t, Reap(root))
+	require.FileExists(t, statePath(root, s.Request.ID))
+	die()
+	require.NoError(t, other.claim(t.Context(), root))
+	require.NoFileExists(t, statePath(root, s.Request.ID))
+	require.NoFileExists(t, s.Socket)
+	require.NoError(t, os.WriteFile(upperPath(root, other.Request.ID), nil, 0o600))
+	require.NoError(t, Reap(root))
+	files, err = os.ReadDir(devicesDir(root))
+	require.NoError(t, err)
+	require.Empty(t, files)
 }
 
 func TestUnmountOfWhatWasKilled(t *testing.T) {
 	n, _ := openNode(t)
-	dir := t.TempDir()
-	path := statePath(n.Root(), dir)
-	for name, m := range map[string]MountState{
-		"mounted": {Dir: dir, Device: "/dev/nosuchdevice", Pid: 42}, "before it had mounted": {Dir: dir, Pid: 42},
-	} {
-		s, err := n.claimState(t.Context(), dir)
-		require.NoError(t, err)
-		require.NoError(t, s.write(m))
-		require.NoError(t, s.f.Close())
-		err = Unmount(t.Context(), n.Root(), dir)
-		if m.Device == "" {
+	root, dir := n.Root(), t.TempDir()
+	require.NoError(t, makeDevicesDir(root))
+	for name, path := range map[string]string{"mounted": "/dev/nosuchdevice", "before it had mounted": ""} {
+		s := newState(root, dir)
+		s.Path = path
+		s.live(t)()
+		require.NoError(t, s.write(root, false))
+		err := Unmount(t.Context(), root, dir)
+		if path == "" {
 			require.ErrorIs(t, err, ErrNotMounted, name)
 		} else {
 			require.NoError(t, err, name)
 		}
-		require.NoFileExists(t, path)
+		files, err := os.ReadDir(devicesDir(root))
+		require.NoError(t, err)
+		require.Empty(t, files, name)
 	}
-	// What is in the way of a new mount, too.
-	require.NoError(t, os.WriteFile(path, []byte("not JSON"), 0o600))
-	s, err := n.claimState(t.Context(), dir)
-	require.NoError(t, err)
-	require.NoError(t, s.remove())
 }
 
-// A mount that comes to its end makes room for the next, which waits for it.
-func TestStateIsWaitedFor(t *testing.T) {
-	n, _ := openNode(t)
-	dir := t.TempDir()
-	first, err := n.claimState(t.Context(), dir)
+// State files are read as what anybody may have written.
+func TestBadStates(t *testing.T) {
+	good := newState("/r", "/d")
+	p, err := json.Marshal(good)
 	require.NoError(t, err)
-	require.NoError(t, first.write(MountState{Dir: dir, Device: "/dev/nosuchdevice", Pid: 42}))
-	second := make(chan error)
-	unmounted := make(chan error)
-	go func() {
-		s, err := n.claimState(t.Context(), dir)
-		if err == nil {
-			err = s.remove()
-		}
-		second <- err
-	}()
-	go func() { unmounted <- Unmount(t.Context(), n.Root(), dir) }()
-	require.NoError(t, first.remove())
-	require.NoError(t, <-second)
-	if err := <-unmounted; err != nil { // it may have come too late
-		require.ErrorIs(t, err, ErrNotMounted)
+	_, err = parseState(p)
+	require.NoError(t, err)
+	for bad, says := range map[string]string{
+		"": "unexpected end", "[]": "cannot unmarshal", "{}": "version 0", `{"version": 2}`: "version 2, this program knows 1",
+		`{"version": 1}`: "an ID is", `{"version": 1, "request": {"id": "../x"}}`: "an ID is",
+		`{"version": 1, "request": {"id": "a"}, "device": {"id": "b"}}`: `describes device "b"`,
+	} {
+		_, err := parseState([]byte(bad))
+		require.ErrorContains(t, err, says, bad)
 	}
+	n, _ := openNode(t)
+	require.NoError(t, makeDevicesDir(n.Root()))
+	require.NoError(t, os.WriteFile(statePath(n.Root(), "dev-other"), p, 0o600))
+	list, err := states(n.Root())
+	require.ErrorContains(t, err, "it is of device")
+	require.Empty(t, list)
+}
+
+func FuzzState(f *testing.F) {
+	p, err := json.Marshal(newState("/r", "/d"))
+	require.NoError(f, err)
+	f.Add(p)
+	f.Fuzz(func(t *testing.T, p []byte) {
+		s, err := parseState(p)
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(s)
+		require.NoError(t, err)
+		_, err = parseState(again)
+		require.NoError(t, err)
+	})
 }
 
 func TestRunDir(t *testing.T) {
 	n, log := openNode(t)
 	base := filepath.Join(n.Root(), "run")
-	killed, err := n.newRunDir()
+	killed, err := newRunDir(n.Root(), n.o.Log)
 	require.NoError(t, err)
 	require.NoError(t, os.Mkdir(killed.path+"/work", 0o700))
 	require.NoError(t, os.Mkdir(killed.path+"/work/work", 0o000)) // as overlayfs makes it
-	running, err := n.newRunDir()
+	running, err := newRunDir(n.Root(), n.o.Log)
 	require.NoError(t, err)
 	require.DirExists(t, killed.path, "it still runs")
 	require.NoError(t, killed.lock.Close())
 
-	next, err := n.newRunDir()
+	next, err := newRunDir(n.Root(), n.o.Log)
 	require.NoError(t, err)
-	next.remove(n)
+	next.remove()
 	left, err := os.ReadDir(base)
 	require.NoError(t, err)
 	require.Len(t, left, 1)
 	require.Equal(t, filepath.Base(running.path), left[0].Name())
-	running.remove(n)
+	running.remove()
 	require.NoDirExists(t, running.path)
 	require.Empty(t, log.String())
 
 	require.NoError(t, os.Remove(base))
 	require.NoError(t, os.WriteFile(base, nil, 0o600))
-	_, err = n.newRunDir()
+	_, err = newRunDir(n.Root(), n.o.Log)
 	require.ErrorContains(t, err, "state directory")
 }
 

@@ -41,6 +41,7 @@ type Caps struct {
 	Discard bool
 	Sectors []int // logical block sizes, bytes
 	MaxSize int64 // bytes
+	File    bool  // the path is a file's, not a block device's, and whoever has it open keeps it
 }
 
 // Run runs the suite.

@@ -92,16 +92,15 @@ func leave(fds []int) error {
 	if err := unix.Unshare(unix.CLONE_FILES); err != nil {
 		return feature.Privilege(err, "unshare(2)")
 	}
-	open, err := os.ReadDir(fdDir)
+	open, err := openFDs()
 	if err != nil {
 		return err
 	}
-	for _, e := range open {
-		fd, err := strconv.Atoi(e.Name())
-		if err != nil || fd < 3 || slices.Contains(fds, fd) {
+	for _, fd := range open {
+		if fd < 3 || slices.Contains(fds, fd) {
 			continue
 		}
-		switch link, _ := os.Readlink(filepath.Join(fdDir, e.Name())); link {
+		switch link, _ := os.Readlink(filepath.Join(fdDir, strconv.Itoa(fd))); link {
 		case "anon_inode:[eventpoll]", "anon_inode:[eventfd]":
 		default:
 			unix.Close(fd) // EBADF for the directory's own
@@ -111,6 +110,33 @@ func leave(fds []int) error {
 }
 
 const fdDir = "/proc/thread-self/fd"
+
+// openFDs lists the thread's descriptors from the highest number down, which is
+// the order in which a dying process releases them. If the process is killed
+// while the thread leaves, the copies in the thread's table may be the last.
+func openFDs() ([]int, error) {
+	// Not os.Open, which under go test may write to a log, by a descriptor that
+	// this thread does not have any more the next time.
+	fd, err := unix.Open(fdDir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: fdDir, Err: err}
+	}
+	dir := os.NewFile(uintptr(fd), fdDir)
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	var fds []int
+	for _, name := range names {
+		if fd, err := strconv.Atoi(name); err == nil {
+			fds = append(fds, fd)
+		}
+	}
+	slices.Sort(fds)
+	slices.Reverse(fds)
+	return fds, nil
+}
 
 // startPoller has the runtime open its descriptors, if it has not yet, before
 // there is a table that lacks them.

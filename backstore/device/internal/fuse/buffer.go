@@ -49,7 +49,8 @@ func (p *buffers) get() *buffer {
 	if err != nil {
 		return nil
 	}
-	_ = unix.Mlock(mem) // where the limit allows it
+	_ = unix.Mlock(mem)                       // where the limit allows it
+	_ = unix.Madvise(mem, unix.MADV_DONTFORK) // a copy, see apart.Call, would have it faulted in again
 	return &buffer{mem, p.srv.Worker()}
 }
 

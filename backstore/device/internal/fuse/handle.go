@@ -42,12 +42,13 @@ func (s *Session) meta(b *buffer, h header, body []byte) {
 		putAttrOut(out, &a)
 		s.answer(b, h, attrOutSize, 0)
 	case opOpen:
-		putOpenOut(out, fileFH, fopenDirectIO|fopenParallelDirectWrites)
-		s.answer(b, h, openOutSize, 0)
+		s.open(b, h)
 	case opStatfs:
 		putStatfsOut(out, uint64(s.srv.Size), uint32(s.cfg.BlockSize))
 		s.answer(b, h, statfsOutSize, 0)
-	case opRelease, opDestroy:
+	case opRelease:
+		s.release(b, h, body)
+	case opDestroy:
 		s.answer(b, h, 0, 0)
 	default:
 		s.answer(b, h, 0, unix.ENOSYS)
@@ -75,6 +76,9 @@ func (s *Session) read(b *buffer, h header, body []byte) {
 		return
 	}
 	n := int(e.n)
+	if end := uint64(s.srv.Size); e.off < end && e.n > end-e.off {
+		n = int(end - e.off) // the page cache reads whole pages
+	}
 	s.answer(b, h, n, b.Read(b.data(n), int64(e.off)))
 }
 
@@ -110,13 +114,13 @@ func (s *Session) fallocate(b *buffer, h header, body []byte) {
 
 // answer sends the reply whose n bytes are in b.data. An error of write(2)
 // says that the request is gone: it was interrupted or the session is ending.
-func (s *Session) answer(b *buffer, h header, n int, errno unix.Errno) {
+func (s *Session) answer(b *buffer, h header, n int, errno unix.Errno) unix.Errno {
 	if errno != 0 {
 		n = 0
 	}
 	p := b.reply(n)
 	putHeader(p, n, int32(errno), h.unique)
-	write(s.fd, p)
+	return write(s.fd, p)
 }
 
 func cString(b []byte) string {

@@ -149,6 +149,24 @@ func (s *Session) handshake(b *buffer) error {
 		return &feature.Error{Feature: fmt.Sprintf("FUSE %d.%d", protoMajor, protoMinorMin), Since: "4.20",
 			Hint: fmt.Sprintf("the kernel speaks %d.%d", in.major, in.minor)}
 	}
+	out := s.initReply(in)
+	if out.flags&flagAsyncDIO == 0 || out.flags&flagMaxPages == 0 {
+		return &feature.Error{Feature: "FUSE_ASYNC_DIO and FUSE_MAX_PAGES", Since: "4.20"}
+	}
+	reply := b.reply(initOutSize)
+	out.put(reply[outHeaderSize:])
+	putHeader(reply, initOutSize, 0, h.unique)
+	if errno := write(s.fd, reply); errno != 0 {
+		return fmt.Errorf("answer: %w", errno)
+	}
+	if out.flags2&flag2Passthrough != 0 {
+		s.registerBacking()
+	}
+	return nil
+}
+
+// initReply chooses from what the kernel offers.
+func (s *Session) initReply(in initIn) initOut {
 	out := initOut{
 		minor:         min(in.minor, protoMinor),
 		readAhead:     in.readAhead,
@@ -159,16 +177,12 @@ func (s *Session) handshake(b *buffer) error {
 		timeGran:      1,
 		maxPages:      maxPages,
 	}
-	if out.flags&flagAsyncDIO == 0 || out.flags&flagMaxPages == 0 {
-		return &feature.Error{Feature: "FUSE_ASYNC_DIO and FUSE_MAX_PAGES", Since: "4.20"}
+	if s.cfg.Backing != nil && s.srv.ReadOnly && in.flags2&flag2Passthrough != 0 {
+		out.flags |= flagInitExt
+		out.flags2 = flag2Passthrough
+		out.stackDepth = 1
 	}
-	reply := b.reply(initOutSize)
-	out.put(reply[outHeaderSize:])
-	putHeader(reply, initOutSize, 0, h.unique)
-	if errno := write(s.fd, reply); errno != 0 {
-		return fmt.Errorf("answer: %w", errno)
-	}
-	return nil
+	return out
 }
 
 // MountFD is the descriptor that OpenFile needs.

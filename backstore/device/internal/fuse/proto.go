@@ -8,7 +8,7 @@ import "encoding/binary"
 const (
 	protoMajor    = 7
 	protoMinorMin = 28 // FUSE_MAX_PAGES, Linux 4.20
-	protoMinor    = 36 // the newest whose INIT reply we send, Linux 5.17
+	protoMinor    = 40 // the newest whose INIT reply we send, Linux 6.9
 
 	inHeaderSize  = 40 // fuse_in_header
 	outHeaderSize = 16 // fuse_out_header
@@ -51,12 +51,17 @@ const (
 	flagAsyncDIO   = 1 << 15 // direct I/O from the loop device does not wait in its worker
 	flagAbortError = 1 << 21 // read(2) says ECONNABORTED after an abort, ENODEV after an unmount
 	flagMaxPages   = 1 << 22 // requests of more than 32 pages
+	flagInitExt    = 1 << 30 // flags2 counts
 )
+
+// INIT flags2: the upper half of the flags.
+const flag2Passthrough = 1 << 5 // the kernel may read a file by itself
 
 // OPEN reply flags.
 const (
 	fopenDirectIO             = 1 << 0 // straight to the asynchronous direct path
 	fopenParallelDirectWrites = 1 << 6 // writes do not take the inode lock alone
+	fopenPassthrough          = 1 << 7 // I/O goes to the file that the reply names
 )
 
 // notifyResend is FUSE_NOTIFY_RESEND: it stands in the error field of a reply
@@ -115,17 +120,22 @@ func parseFallocate(b []byte) (e extent, mode uint32) {
 // initIn is the part of fuse_init_in that matters here.
 type initIn struct {
 	major, minor, readAhead, flags uint32
+	flags2                         uint32 // 0 before Linux 5.17
 }
 
 func parseInit(b []byte) initIn {
-	return initIn{native.Uint32(b), native.Uint32(b[4:]), native.Uint32(b[8:]), native.Uint32(b[12:])}
+	in := initIn{major: native.Uint32(b), minor: native.Uint32(b[4:]), readAhead: native.Uint32(b[8:]), flags: native.Uint32(b[12:])}
+	if in.flags&flagInitExt != 0 && len(b) >= 20 {
+		in.flags2 = native.Uint32(b[16:])
+	}
+	return in
 }
 
 // initOut is fuse_init_out.
 type initOut struct {
-	minor, readAhead, flags             uint32
+	minor, readAhead, flags, flags2     uint32
 	maxBackground, congestion, maxPages uint16
-	maxWrite, timeGran                  uint32
+	maxWrite, timeGran, stackDepth      uint32
 }
 
 func (o *initOut) put(b []byte) {
@@ -139,6 +149,8 @@ func (o *initOut) put(b []byte) {
 	native.PutUint32(b[20:], o.maxWrite)
 	native.PutUint32(b[24:], o.timeGran)
 	native.PutUint16(b[28:], o.maxPages)
+	native.PutUint32(b[32:], o.flags2)
+	native.PutUint32(b[36:], o.stackDepth)
 }
 
 // attr is fuse_attr with the fields that are ever not zero.
@@ -175,10 +187,11 @@ func putEntryOut(b []byte, a *attr) {
 	a.put(b[40:])
 }
 
-func putOpenOut(b []byte, fh uint64, flags uint32) {
+func putOpenOut(b []byte, fh uint64, flags, backing uint32) {
 	clear(b[:openOutSize])
 	native.PutUint64(b, fh)
 	native.PutUint32(b[8:], flags)
+	native.PutUint32(b[12:], backing)
 }
 
 // putStatfsOut fills fuse_kstatfs. The loop driver takes bsize as the

@@ -59,14 +59,21 @@ func TestReplies(t *testing.T) {
 			`0000008000000000 00000000 00000000` + attrBytes},
 		{"entry", entryOutSize, func(b []byte) { putEntryOut(b, &file) },
 			`0200000000000000 0000000000000000 0000008000000000 0000008000000000 00000000 00000000` + attrBytes},
-		{"open", openOutSize, func(b []byte) { putOpenOut(b, 1, fopenDirectIO|fopenParallelDirectWrites) },
+		{"open", openOutSize, func(b []byte) { putOpenOut(b, 1, fopenDirectIO|fopenParallelDirectWrites, 0) },
 			`0100000000000000 41000000 00000000`},
+		{"open passed through", openOutSize, func(b []byte) { putOpenOut(b, 1, fopenPassthrough, 3) },
+			`0100000000000000 80000000 03000000`},
 		{"init", initOutSize, func(b []byte) {
 			o := initOut{minor: 36, readAhead: 0x20000, flags: flagAsyncRead | flagMaxPages,
 				maxBackground: 640, congestion: 480, maxPages: 256, maxWrite: 0x40000, timeGran: 1}
 			o.put(b)
 		}, `07000000 24000000 00000200 01004000 8002 e001 00000400 01000000 0001 0000
 			00000000 00000000 0000000000000000 0000000000000000 0000000000000000`},
+		{"init with passthrough", initOutSize, func(b []byte) {
+			o := initOut{minor: 40, flags: flagInitExt, flags2: flag2Passthrough, stackDepth: 1}
+			o.put(b)
+		}, `07000000 28000000 00000000 00000040 0000 0000 00000000 00000000 0000 0000
+			20000000 01000000 000000000000000000000000000000000000000000000000`},
 		{"statfs", statfsOutSize, func(b []byte) { putStatfsOut(b, 1<<20, 4096) },
 			`0001000000000000 0000000000000000 0000000000000000 0000000000000000 0000000000000000
 			 00100000 ff000000 00100000 00000000 000000000000000000000000000000000000000000000000`},

