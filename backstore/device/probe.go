@@ -80,7 +80,7 @@ type requirement struct {
 var requirements = map[string]requirement{
 	"fuse":  {"fuse", "modprobe fuse; modprobe loop", "5.8", kernel.resends, "any file system, through FUSE and a loop device"},
 	"erofs": {"erofs", "modprobe erofs", "6.12", kernel.resends, "read-only EROFS images, through FUSE, without a loop device"},
-	"ublk":  {"ublk_drv", "modprobe ublk_drv", "6.0", func(k kernel) bool { return k.atLeast(6, 1) }, "any file system, through io_uring"},
+	"ublk":  {"ublk_drv", "modprobe ublk_drv", "6.4", func(k kernel) bool { return k.atLeast(6, 4) }, "any file system, through io_uring"},
 	"nbd":   {"nbd", "modprobe nbd", "4.19", always, "any file system, through a socket"},
 	"tcmu": {"target_core_user", "modprobe -a target_core_user tcm_loop", "4.18", always,
 		"any file system, through a SCSI target; never chosen by auto"},

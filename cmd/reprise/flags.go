@@ -28,6 +28,7 @@ type nodeFlags struct {
 	plainHTTP                           bool
 	cacheSize, chunkSize                int64
 	retryFor, outageFor                 time.Duration
+	noDevice                            bool // the command itself reads
 }
 
 func (f *nodeFlags) add(cmd *cobra.Command) {
@@ -90,9 +91,9 @@ func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
 }
 
 // outage is how long reads wait for a registry that is away: for ever, unless
-// --outage or --retry-for was given.
+// --outage or --retry-for was given, or the command itself reads, which may fail.
 func (f *nodeFlags) outage(cmd *cobra.Command) time.Duration {
-	if !cmd.Flags().Changed("outage") && cmd.Flags().Changed("retry-for") {
+	if !cmd.Flags().Changed("outage") && (f.noDevice || cmd.Flags().Changed("retry-for")) {
 		return f.retryFor
 	}
 	return f.outageFor

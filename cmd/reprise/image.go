@@ -23,6 +23,7 @@ func newImage() *cobra.Command {
 
 // withImage opens an image for one command.
 func withImage(cmd *cobra.Command, nf *nodeFlags, ref string, use func(*node.Image) error) error {
+	nf.noDevice = true
 	n, err := nf.open(cmd)
 	if err != nil {
 		return err

@@ -91,5 +91,5 @@ func (s *Session) abort() {
 func (s *Session) reap() {
 	<-s.ended
 	unix.Close(s.fd)
-	s.bufs.free()
+	s.bufs.Free()
 }

@@ -33,7 +33,7 @@
 // Nothing that the kernel knows of a session is chosen at run time: node ids
 // and generations are constants, file handles are, or are kept in [Opens], INIT
 // is answered before the first worker starts, and all else that a session lives
-// by is in the fields of [Session] and [buffers]. Another process that holds a
+// by is in the fields of [Session]. Another process that holds a
 // duplicate of the descriptor can therefore go on where this one ended: [Adopt].
 // The requests that the ended one had read and not answered are sent once more,
 // with a bit set in their number, after FUSE_NOTIFY_RESEND (Linux 6.9). So a
@@ -118,7 +118,7 @@ type Session struct {
 	// backing is what the kernel calls cfg.Backing, 0 if it does not read it.
 	// Constant while there are workers.
 	backing uint32
-	bufs    buffers
+	bufs    request.Buffers
 
 	idle    atomic.Int32 // workers in, or about to enter, read(2)
 	workers atomic.Int32 // workers alive; never rises from zero

@@ -422,11 +422,11 @@ func sink(t testing.TB, b *memory, cfg Config) (*Session, *buffer) {
 		t.Fatal(err)
 	}
 	s := &Session{cfg: cfg, srv: server(t, b), fd: fd}
-	s.bufs.srv = s.srv
-	buf := s.bufs.get()
+	s.bufs.Server, s.bufs.Size = s.srv, bufferSize
+	buf := (*buffer)(s.bufs.Get())
 	t.Cleanup(func() {
-		s.bufs.put(buf)
-		s.bufs.free()
+		s.bufs.Put((*request.Buffer)(buf))
+		s.bufs.Free()
 		unix.Close(fd)
 	})
 	return s, buf

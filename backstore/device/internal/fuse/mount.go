@@ -71,14 +71,14 @@ func Adopt(fd, mount int, srv *request.Server, cfg Config) (*Session, error) {
 // begin starts the first worker when prepare, which may use its buffer, is
 // through.
 func (s *Session) begin(prepare func(*buffer) error) error {
-	s.bufs.srv = s.srv
-	buf := s.bufs.get()
+	s.bufs.Server, s.bufs.Size = s.srv, bufferSize
+	buf := (*buffer)(s.bufs.Get())
 	if buf == nil {
 		return errors.New("map a request buffer: out of memory")
 	}
 	if err := prepare(buf); err != nil {
-		s.bufs.put(buf)
-		s.bufs.free()
+		s.bufs.Put((*request.Buffer)(buf))
+		s.bufs.Free()
 		return err
 	}
 	s.workers.Store(1)

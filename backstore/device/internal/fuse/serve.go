@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
 // serve is a worker. It is counted in s.workers and s.idle when it starts.
@@ -42,7 +44,7 @@ func (s *Session) leave() bool {
 }
 
 func (s *Session) end(b *buffer) {
-	s.bufs.put(b)
+	s.bufs.Put((*request.Buffer)(b))
 	if s.workers.Add(-1) == 0 {
 		close(s.ended)
 	}
@@ -58,7 +60,7 @@ func (s *Session) startWorker() {
 		s.workers.Add(-1)
 		return
 	}
-	b := s.bufs.get()
+	b := (*buffer)(s.bufs.Get())
 	if b == nil { // out of memory: the workers there are go on
 		s.workers.Add(-1)
 		return

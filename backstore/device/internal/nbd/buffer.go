@@ -1,8 +1,6 @@
 package nbd
 
 import (
-	"sync"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/backstore/device/internal/request"
@@ -24,10 +22,12 @@ const maxRequest = 32 << 20
 //	         page 0           |  page 1 ...
 //	.....      reply 16 B     |  data, of a write or a read
 type buffer struct {
-	mem []byte // pageSize + maxIO, or more while a large request is executed
-	*request.Worker
-	usual []byte // mem, when it is not larger
+	*request.Buffer
+	mem []byte // the buffer's, or more while a large request is executed
 }
+
+// bufferSize is that of a buffer's memory.
+const bufferSize = pageSize + maxIO
 
 // reply is a reply with n bytes of data.
 func (b *buffer) reply(n int) []byte { return b.mem[pageSize-replySize : pageSize+n] }
@@ -41,7 +41,7 @@ func (b *buffer) fit(n int) error {
 	if n <= maxIO {
 		return nil
 	}
-	mem, err := mapMemory(n)
+	mem, err := request.Map(pageSize + n)
 	if err == nil {
 		b.mem = mem
 	}
@@ -50,71 +50,17 @@ func (b *buffer) fit(n int) error {
 
 // shrink undoes fit.
 func (b *buffer) shrink() {
-	if len(b.mem) > len(b.usual) {
+	if len(b.mem) > len(b.Mem) {
 		unix.Munmap(b.mem)
-		b.mem = b.usual
+		b.mem = b.Mem
 	}
 }
 
-// mapMemory maps memory for n bytes of data. It is there before it is used:
-// while a page is fetched, or made, that memory may have to be written to the
-// device first, by the worker that waits for it.
-func mapMemory(n int) ([]byte, error) {
-	mem, err := unix.Mmap(-1, 0, pageSize+n,
-		unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
-	if err == nil {
-		_ = unix.Mlock(mem) // where the limit allows it
-	}
-	return mem, err
-}
-
-// buffers keeps the buffers of ended workers for the next ones.
-type buffers struct {
-	srv   *request.Server
-	mu    sync.Mutex
-	spare []*buffer // guarded by mu; at most maxSpare
-}
-
-// maxSpare bounds the memory that an idle session holds, to a few MiB.
-const maxSpare = 4
-
-// get returns a buffer, or nil when there is no memory.
-func (p *buffers) get() *buffer {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if n := len(p.spare); n > 0 {
-		b := p.spare[n-1]
-		p.spare = p.spare[:n-1]
-		return b
-	}
-	mem, err := mapMemory(maxIO)
-	if err != nil {
+// get returns a buffer of a pool, or nil when there is no memory.
+func get(p *request.Buffers) *buffer {
+	b := p.Get()
+	if b == nil {
 		return nil
 	}
-	return &buffer{mem: mem, usual: mem, Worker: p.srv.Worker()}
-}
-
-func (p *buffers) put(b *buffer) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if len(p.spare) < maxSpare {
-		p.spare = append(p.spare, b)
-		return
-	}
-	b.free()
-}
-
-func (b *buffer) free() {
-	b.Release()
-	unix.Munmap(b.usual)
-}
-
-// free unmaps the spare buffers, when no worker is left.
-func (p *buffers) free() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, b := range p.spare {
-		b.free()
-	}
-	p.spare = nil
+	return &buffer{Buffer: b, mem: b.Mem}
 }

@@ -23,7 +23,7 @@ const maxIdle = 2
 // first.
 type conn struct {
 	fd   int
-	bufs *buffers
+	bufs *request.Buffers
 	most int // workers
 
 	rx   sync.Mutex // guards in, end
@@ -41,7 +41,7 @@ type conn struct {
 // newConn serves the requests that come over the socket fd, with at most this
 // many workers, the first of which has buffer b. The caller calls release when
 // over is closed.
-func newConn(fd int, b *buffer, bufs *buffers, workers int) *conn {
+func newConn(fd int, b *buffer, bufs *request.Buffers, workers int) *conn {
 	c := &conn{fd: fd, bufs: bufs, most: workers, over: make(chan struct{}), done: make(chan struct{})}
 	c.in.read = func(p []byte) (int, error) { return receive(fd, p) }
 	c.workers.Store(1)
@@ -118,7 +118,7 @@ func (c *conn) leave() bool {
 
 func (c *conn) quit(b *buffer) {
 	b.shrink()
-	c.bufs.put(b)
+	c.bufs.Put(b.Buffer)
 	if c.workers.Add(-1) == 0 {
 		close(c.done)
 	}
@@ -131,7 +131,7 @@ func (c *conn) startWorker() {
 		c.workers.Add(-1)
 		return
 	}
-	b := c.bufs.get()
+	b := get(c.bufs)
 	if b == nil { // out of memory: the workers there are go on
 		c.workers.Add(-1)
 		return

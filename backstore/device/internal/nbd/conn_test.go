@@ -98,15 +98,15 @@ func dialConn(t *testing.T, m *memory, workers int) *client {
 	srv := request.New(m, request.Config{Size: int64(len(m.bytes))})
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	require.NoError(t, err)
-	bufs := &buffers{srv: srv}
-	b := bufs.get()
+	bufs := &request.Buffers{Server: srv, Size: bufferSize}
+	b := get(bufs)
 	require.NotNil(t, b)
 	c := newConn(pair[0], b, bufs, workers)
 	k := &client{os.NewFile(uintptr(pair[1]), "client"), t, c}
 	t.Cleanup(func() {
 		k.Close()
 		c.release()
-		bufs.free()
+		bufs.Free()
 		srv.Stop()
 	})
 	return k

@@ -20,7 +20,7 @@ type Session struct {
 	cfg   Config
 	srv   *request.Server
 	index int
-	bufs  buffers
+	bufs  request.Buffers
 
 	// dev is the open device, namespace the process's mount namespace: if that
 	// ended with the process before the socket is released, what is mounted on
@@ -73,7 +73,7 @@ func Adopt(ctx context.Context, srv *request.Server, cfg Config, index, dev int)
 
 // newSession opens the descriptors whose numbers are to be low. It owns dev.
 func newSession(srv *request.Server, cfg Config, dev int) (*Session, error) {
-	s := &Session{cfg: cfg, srv: srv, dev: dev, passedOn: dev >= 0, bufs: buffers{srv: srv}, ended: make(chan struct{})}
+	s := &Session{cfg: cfg, srv: srv, dev: dev, passedOn: dev >= 0, bufs: request.Buffers{Server: srv, Size: bufferSize}, ended: make(chan struct{})}
 	var err error
 	if !s.passedOn { // this keeps its place
 		if s.dev, err = unix.Open("/dev/null", unix.O_RDONLY|unix.O_CLOEXEC, 0); err != nil {
@@ -91,7 +91,7 @@ func newSession(srv *request.Server, cfg Config, dev int) (*Session, error) {
 func (s *Session) discard() {
 	apart.Take(func() error { return nil }, s.dev)
 	unix.Close(s.namespace)
-	s.bufs.free()
+	s.bufs.Free()
 }
 
 // attach finds a free device and connects it.
@@ -118,13 +118,13 @@ func (s *Session) attach(ctx context.Context, appear func(int) error) (*conn, er
 // connection makes a connection, which give hands to the kernel. ENOTCONN says
 // that the kernel did not take it.
 func (s *Session) connection(give func(index, socket int, cfg *Config) error) (*conn, error) {
-	b := s.bufs.get()
+	b := get(&s.bufs)
 	if b == nil {
 		return nil, fmt.Errorf("memory for a worker: %w", unix.ENOMEM)
 	}
 	ours, theirs, err := socketpair(max(s.dev, s.namespace))
 	if err != nil {
-		s.bufs.put(b)
+		s.bufs.Put(b.Buffer)
 		return nil, err
 	}
 	err = give(s.index, theirs, &s.cfg)
@@ -133,7 +133,7 @@ func (s *Session) connection(give func(index, socket int, cfg *Config) error) (*
 		err = unix.ENOTCONN
 	}
 	if err != nil {
-		s.bufs.put(b)
+		s.bufs.Put(b.Buffer)
 		unix.Close(ours)
 		return nil, err
 	}
@@ -201,7 +201,7 @@ func (s *Session) run(c *conn) {
 		c = s.replace(c)
 	}
 	conns.Wait()
-	s.bufs.free()
+	s.bufs.Free()
 }
 
 // replace returns the connection after c, nil if there is to be none.

@@ -65,7 +65,7 @@ func testLimits(t *testing.T) {
 	f, err := os.OpenFile(s.Path(), os.O_RDWR|unix.O_DIRECT, 0)
 	require.NoError(t, err)
 	defer f.Close()
-	p, err := mapMemory(1 << 20)
+	p, err := request.Map(pageSize + 1<<20)
 	require.NoError(t, err)
 	defer unix.Munmap(p)
 	p = p[pageSize:]
@@ -191,7 +191,7 @@ func testOrphan(t *testing.T) {
 	c, lines, index := startOrphan(t, "1")
 	f, err := os.OpenFile(devicePath(index), os.O_RDONLY|unix.O_DIRECT, 0)
 	require.NoError(t, err)
-	p, err := mapMemory(4096)
+	p, err := request.Map(pageSize + 4096)
 	require.NoError(t, err)
 	defer unix.Munmap(p)
 	read := make(chan error, 1)

@@ -137,7 +137,7 @@ func (w *worker) buffer(n int) ([]byte, error) {
 		return w.cmd.data[0][:n], nil
 	}
 	if w.bounce == nil {
-		b, err := unix.Mmap(-1, 0, maxTransfer, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON|unix.MAP_POPULATE)
+		b, err := request.Map(maxTransfer)
 		if err != nil {
 			return nil, err
 		}

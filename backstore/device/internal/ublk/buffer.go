@@ -4,6 +4,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/reprise-project/reprise/backstore/device/internal/request"
 )
 
 // maxIO is the longest read or write, bytes.
@@ -26,13 +28,10 @@ func (b *buffers) get() []byte {
 		b.spare = b.spare[:n-1]
 		return buf
 	}
-	mem, err := unix.Mmap(-1, 0, maxIO, unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	mem, err := request.Map(maxIO)
 	if err != nil {
 		return nil
 	}
-	_ = unix.Mlock(mem)
-	_ = unix.Madvise(mem, unix.MADV_DONTFORK)
 	return mem
 }
 
