@@ -134,10 +134,12 @@ func TestWrittenUnderKills(t *testing.T) {
 func writeModel(t *testing.T, dev string, model []byte, seconds int) {
 	discards := canDiscard(t, dev)
 	args := []string{"--name=verify", "--filename=" + dev, "--direct=1", "--ioengine=libaio", "--iodepth=8",
-		"--rw=randwrite", "--bsrange=4k-64k", fmt.Sprint("--size=", writtenHalf), "--verify=crc32c", "--verify_fatal=1",
+		fmt.Sprint("--size=", writtenHalf), "--verify=crc32c", "--verify_fatal=1",
 		"--verify_backlog=128", "--verify_state_save=0", "--fsync=64", "--time_based", fmt.Sprint("--runtime=", seconds), "--output-format=terse"}
-	if discards {
-		args = append(args, "--trim_percentage=20", "--trim_verify_zero=1", "--trim_backlog=64")
+	if discards { // each block is discarded, then written
+		args = append(args, "--rw=randtrimwrite", "--bs=16k")
+	} else {
+		args = append(args, "--rw=randwrite", "--bsrange=4k-64k")
 	}
 	var said bytes.Buffer
 	fio := exec.Command("fio", args...)
