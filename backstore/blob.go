@@ -63,7 +63,7 @@ type Blob struct {
 	mu       sync.Mutex // guards the fields below
 	flights  []*flight
 	asides   []*flight // around the cache
-	planned  []span    // what a running replay is going to fetch, sorted
+	planned  *planned  // nil without a running replay
 	runs     readahead
 	pins     []span // what opening the blob's layer reads: not evicted
 	dirty    bool

@@ -56,7 +56,7 @@ func (im *Image) completeLayer(ctx context.Context, layer int, rate int64) error
 	if rate > 0 {
 		step = maxPiece
 	}
-	p := prefetcher{im: im, places: make(chan struct{}, 4)}
+	p := prefetcher{blobs: im.Blobs(), places: make(chan struct{}, 4)}
 	for off := int64(0); off < b.size && p.err == nil; off += step {
 		start := time.Now()
 		n := min(step, b.size-off)

@@ -198,9 +198,10 @@ func (b *Blob) flightAt(off int64) *flight {
 // is claimed. b.mu is held.
 func (b *Blob) startDemand(off, need int64) *flight {
 	end := max(need, off+b.runs.next(off, need, b.link.runLength()))
-	for _, s := range b.planned {
-		if s.off <= off && off < s.end { // pull the planned piece forward
-			end = max(need, min(s.end, off+maxPiece))
+	if p := b.planned; p != nil { // pull the planned piece forward
+		w := Want{Layer: p.layer, Off: off, Len: need - off}
+		if around := p.plan.Around(w, b.link.estimate()); around != w {
+			end = max(need, min(around.Off+around.Len, off+maxPiece))
 		}
 	}
 	f := newFlight(b, off, b.clip(off, end), Demand)

@@ -262,9 +262,11 @@ func (im *Image) report(s *scratch, start time.Duration) {
 		}
 		e := ReadEvent{At: start, Layer: g.Layer, Off: g.LayerOff, Len: g.Len}
 		l := im.layers[g.Layer]
+		if l.blob != nil || o != nil {
+			e.BlobOff, e.BlobLen = l.blobRange(g.LayerOff, g.Len)
+		}
 		if l.blob != nil {
-			bo, bn := l.blobRange(g.LayerOff, g.Len)
-			e.Origin = l.blob.demanded(bo, bn)
+			e.Origin = l.blob.demanded(e.BlobOff, e.BlobLen)
 			if len(waits) > 0 && waits[0].seg == i {
 				e.Origin, e.Wait = waits[0].from, waits[0].wait
 				waits = waits[1:]

@@ -38,12 +38,15 @@ func (o Origin) String() string {
 
 // A ReadEvent is one demand read of one layer.
 type ReadEvent struct {
-	At     time.Duration // start of the read, since the image was opened
-	Wait   time.Duration // until the bytes were on the node; decoding is not counted
-	Layer  int           // 0 is the bottom layer
-	Off    int64         // in layer space
-	Len    int64         // in layer space
-	Origin Origin
+	At    time.Duration // start of the read, since the image was opened
+	Wait  time.Duration // until the bytes were on the node; decoding is not counted
+	Layer int           // 0 is the bottom layer
+	Off   int64         // in layer space
+	Len   int64         // in layer space
+	// BlobOff and BlobLen are where the bytes lie in the layer's blob, in
+	// whole blocks of its compression.
+	BlobOff, BlobLen int64
+	Origin           Origin
 }
 
 // An Observer is told of every demand read. ObserveRead is called from the

@@ -2,8 +2,6 @@ package backstore
 
 import (
 	"context"
-	"fmt"
-	"slices"
 	"sync"
 )
 
@@ -37,22 +35,45 @@ type PrefetchResult struct {
 	Failed   int   // requests that failed; their bytes are left to demand
 }
 
-// Prefetch brings wants onto the node in their order, behind demand and within
-// the bounds of the links, and returns when all are there, have failed, or ctx
-// ends. It never fails a read: what it could not bring is fetched on demand.
-// The error is the first failure.
+// A Plan says what to fetch ahead of demand. Its methods are called
+// concurrently, with locks held: they neither block nor call back.
+type Plan interface {
+	// Next returns what is to be fetched next, and false when that was all. It
+	// is called when the link has room for it, with what is known of the link
+	// by then.
+	Next(Estimate) (Want, bool)
+	// Around returns what a demand miss of w, of which nothing is on the node
+	// or under way, is to fetch: w, or more where the plan has it.
+	Around(w Want, e Estimate) Want
+}
+
+// Prefetch brings a list of wants onto the node, as [Stack.Prefetch] does.
 func (im *Image) Prefetch(ctx context.Context, wants []Want, o *PrefetchOptions) (PrefetchResult, error) {
+	return im.Blobs().Prefetch(ctx, &list{wants: wants}, o)
+}
+
+// Prefetch brings what the plan says onto the node, in its order, behind demand
+// and within the bounds of the links, and returns when all is there, has failed,
+// or ctx ends. It never fails a read: what it could not bring is fetched on
+// demand. The error is the first failure.
+func (s Stack) Prefetch(ctx context.Context, plan Plan, o *PrefetchOptions) (PrefetchResult, error) {
 	var opts PrefetchOptions
 	if o != nil {
 		opts = *o
 	}
-	if err := im.plan(wants); err != nil {
-		return PrefetchResult{}, err
-	}
-	defer im.unplan()
-	p := prefetcher{im: im, o: opts, places: make(chan struct{}, maxPieces)}
-	for _, w := range wants {
-		if err := p.want(ctx, w); err != nil {
+	s.setPlan(plan)
+	defer s.setPlan(nil)
+	p := prefetcher{blobs: s, o: opts, places: make(chan struct{}, maxPieces)}
+	for {
+		w, ok := plan.Next(s.estimate())
+		if !ok {
+			break
+		}
+		err := s.check(w)
+		if err == nil {
+			err = p.want(ctx, w)
+		}
+		if err != nil {
 			p.fail(err)
 			break
 		}
@@ -61,43 +82,35 @@ func (im *Image) Prefetch(ctx context.Context, wants []Want, o *PrefetchOptions)
 	return p.result, p.err
 }
 
-// plan tells the blobs what is going to be fetched, so that a miss inside of
-// it fetches as the plan would have.
-func (im *Image) plan(wants []Want) error {
-	spans := make([][]span, len(im.layers))
-	for _, w := range wants {
-		if w.Layer < 0 || w.Layer >= len(im.layers) {
-			return fmt.Errorf("prefetch: layer %d of %d", w.Layer, len(im.layers))
-		}
-		l := im.layers[w.Layer]
-		if w.Off < 0 || w.Len < 0 || w.Len > l.info.Size || w.Off > l.info.Size-w.Len {
-			return fmt.Errorf("prefetch: [%d, +%d) is outside of layer %s of %d bytes", w.Off, w.Len, l.info.Name, l.info.Size)
-		}
-		spans[w.Layer] = append(spans[w.Layer], span{w.Off, w.Off + w.Len})
-	}
-	for i, l := range im.layers {
-		if l.blob != nil {
-			l.blob.mu.Lock()
-			l.blob.planned = spans[i]
-			l.blob.mu.Unlock()
-		}
-	}
-	return nil
+// list is the plan that fetches wants as they stand.
+type list struct {
+	mu    sync.Mutex // guards next
+	next  int
+	wants []Want
 }
 
-func (im *Image) unplan() {
-	for _, l := range im.layers {
-		if l.blob != nil {
-			l.blob.mu.Lock()
-			l.blob.planned = nil
-			l.blob.mu.Unlock()
+func (l *list) Next(Estimate) (Want, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.next == len(l.wants) {
+		return Want{}, false
+	}
+	l.next++
+	return l.wants[l.next-1], true
+}
+
+func (l *list) Around(w Want, _ Estimate) Want {
+	for _, q := range l.wants {
+		if q.Layer == w.Layer && q.Off <= w.Off && w.Off < q.Off+q.Len {
+			w.Len = max(w.Len, min(q.Off+q.Len, w.Off+maxPiece)-w.Off)
 		}
 	}
+	return w
 }
 
 // prefetcher is one running Prefetch.
 type prefetcher struct {
-	im     *Image
+	blobs  Stack
 	o      PrefetchOptions
 	places chan struct{}
 	wg     sync.WaitGroup
@@ -117,7 +130,7 @@ func (p *prefetcher) fail(err error) {
 
 // want starts the flights of one want, piece by piece.
 func (p *prefetcher) want(ctx context.Context, w Want) error {
-	b := p.im.layers[w.Layer].blob
+	b := p.blobs[w.Layer]
 	if b == nil {
 		return nil // a local file
 	}
@@ -270,7 +283,6 @@ func (b *Blob) startBackground(ctx context.Context, s span) (*flight, error) {
 		}
 	}
 	b.link.received(0, s.end-end)
-	b.planned = slices.DeleteFunc(b.planned, func(q span) bool { return q.off >= s.off && q.end <= end })
 	f := newFlight(b, s.off, end, Background)
 	b.start(f)
 	return f, nil

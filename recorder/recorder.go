@@ -299,6 +299,7 @@ func (r *Recorder) event(e *backstore.ReadEvent) (tracefmt.Event, bool) {
 	v := tracefmt.Event{
 		At: max(e.At, 0), Wait: max(e.Wait, 0),
 		Layer: e.Layer, Off: e.Off, Len: e.Len, Origin: uint8(e.Origin),
+		BlobOff: e.BlobOff, BlobLen: e.BlobLen,
 	}
 	layers := r.header.Layers
 	if e.Layer < 0 || e.Off < 0 || e.Len <= 0 || e.Off > math.MaxInt64-e.Len {

@@ -3,7 +3,6 @@
 // the plan: it has the backstore bring those ranges onto the node ahead of
 // demand, watches whether that helps, and stops when it does not.
 //
-// [NewPlan] and everything of a [Plan] are pure; a Plan may be shared.
 // [Replay] drives one image and returns when it is done, so that its caller
 // decides what else runs beside it.
 package replayer
@@ -13,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 
 	"github.com/opencontainers/go-digest"
 
@@ -54,7 +54,8 @@ type Image interface {
 	BlobRange(layer int, off, n int64) (blobOff, blobLen int64)
 }
 
-// A Plan is what a replay fetches, first demand first.
+// A Plan is what a replay fetches, first demand first. It is a
+// [backstore.Plan], to be used once.
 type Plan struct {
 	Wants []backstore.Want
 	Need  int64 // bytes of blobs that the trace asks for
@@ -63,6 +64,31 @@ type Plan struct {
 	TraceBytes int64 // bytes of layer space that the trace touches
 	Matched    int64 // of these, in layers that the image has
 	Missing    int   // layers of the trace that the image does not have
+
+	mu   sync.Mutex // guards next
+	next int        // of Wants
+}
+
+// Next returns the next of the plan's ranges.
+func (p *Plan) Next(backstore.Estimate) (backstore.Want, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.next == len(p.Wants) {
+		return backstore.Want{}, false
+	}
+	p.next++
+	return p.Wants[p.next-1], true
+}
+
+// Around extends a demand miss to the end of the range of the plan that it is
+// in.
+func (p *Plan) Around(w backstore.Want, _ backstore.Estimate) backstore.Want {
+	for _, q := range p.Wants {
+		if q.Layer == w.Layer && q.Off <= w.Off && w.Off < q.Off+q.Len {
+			w.Len = max(w.Len, q.Off+q.Len-w.Off)
+		}
+	}
+	return w
 }
 
 // Coverage is the share of the trace that applies to the image.

@@ -39,7 +39,7 @@ var errWrong = errors.New("stopped: demand reads other parts than the trace says
 // It returns when everything is there or has failed, when it turns out not to
 // help, or when ctx ends. It never returns an error: a replay that fails
 // leaves a lazy start, and Result says why.
-func Replay(ctx context.Context, im *backstore.Image, p *Plan) Result {
+func Replay(ctx context.Context, blobs backstore.Stack, p *Plan) Result {
 	start := time.Now()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -47,9 +47,9 @@ func Replay(ctx context.Context, im *backstore.Image, p *Plan) Result {
 	judged := make(chan struct{})
 	go func() {
 		defer close(judged)
-		judge(im, done, stop)
+		judge(blobs, done, stop)
 	}()
-	got, err := im.Prefetch(ctx, p.Wants, nil)
+	got, err := blobs.Prefetch(ctx, p, nil)
 	close(done)
 	<-judged
 	r := Result{
@@ -74,17 +74,17 @@ func reason(ctx context.Context, err error, got backstore.PrefetchResult) string
 }
 
 // judge stops a replay that is of no use.
-func judge(im *backstore.Image, done <-chan struct{}, stop context.CancelCauseFunc) {
+func judge(blobs backstore.Stack, done <-chan struct{}, stop context.CancelCauseFunc) {
 	t := time.NewTicker(judgeEvery)
 	defer t.Stop()
-	first := im.Stats()
+	first := blobs.Stats()
 	for {
 		select {
 		case <-done:
 			return
 		case <-t.C:
 		}
-		if useless(first, im.Stats()) {
+		if useless(first, blobs.Stats()) {
 			stop(errWrong)
 			return
 		}

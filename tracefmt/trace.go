@@ -68,6 +68,11 @@ type Event struct {
 	Len    int64         // bytes, at least one
 	Origin uint8         // where the bytes came from; FORMAT.md lists the values
 
+	// BlobOff and BlobLen are where the bytes lie in the layer's blob, in whole
+	// blocks of its compression; a BlobLen of 0 is unknown. A part of an event
+	// keeps those of the whole.
+	BlobOff, BlobLen int64
+
 	Path    string // of the file in the image that the bytes belong to; empty unknown
 	FileOff int64  // offset of Off in that file, bytes
 	Process string // that read; empty unknown

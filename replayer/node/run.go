@@ -372,7 +372,7 @@ func (n *Node) replay(ctx context.Context, im *Image, o replayer.Options) replay
 		return replayer.Result{Reason: err.Error()}
 	}
 	im.phases.mark("replay started")
-	result := replayer.Replay(ctx, im.Image, p)
+	result := replayer.Replay(ctx, im.Blobs(), p)
 	im.phases.mark("replay ended")
 	return result
 }

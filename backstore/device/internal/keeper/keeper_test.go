@@ -10,6 +10,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -276,8 +278,36 @@ func (r *rig) hear() string {
 	require.NoError(r.t, r.control.SetReadDeadline(time.Now().Add(limit)))
 	b := make([]byte, 65536)
 	n, err := r.control.Read(b)
-	require.NoError(r.t, err, "%s", r.log)
+	if err != nil {
+		require.NoError(r.t, err, "%s\n%s", r.log, stuck())
+	}
 	return string(b[:n])
+}
+
+// stuck describes what this process and its children wait for.
+func stuck() string {
+	var b strings.Builder
+	names, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range names {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			continue
+		}
+		if st, err := parseStat(text); err != nil || st.ppid != os.Getpid() {
+			continue
+		}
+		tasks, _ := filepath.Glob(filepath.Dir(name) + "/task/*")
+		for _, task := range tasks {
+			fmt.Fprintln(&b, task)
+			for _, what := range []string{"stat", "wchan", "syscall", "stack"} {
+				text, _ := os.ReadFile(filepath.Join(task, what))
+				fmt.Fprintf(&b, "  %s %s\n", what, text)
+			}
+		}
+	}
+	all := make([]byte, 1<<20)
+	b.Write(all[:runtime.Stack(all, true)])
+	return b.String()
 }
 
 func (r *rig) tell(format string, args ...any) {
