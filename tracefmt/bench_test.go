@@ -10,10 +10,23 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// start looks like a first start: n reads in files of three layers.
+// blocks are the ends of blocks of 4 KiB after compression, which makes them
+// 1 to 4 KiB long.
+func blocks(n int64) []int64 {
+	rnd := rand.New(rand.NewPCG(7, 8))
+	ends := make([]int64, n+1)
+	for i := range n {
+		ends[i+1] = ends[i] + 1024 + rnd.Int64N(3072)
+	}
+	return ends
+}
+
+// start looks like a first start: n reads in files of two of three layers.
 func start(n int) *Trace {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	t := &Trace{Header: sample().Header}
+	ends := blocks(1 << 18)
+	t.Layers = []Layer{{Size: ends[1<<18], Decoded: 1 << 30}, {Size: ends[1<<8], Decoded: 1 << 20}, {}}
 	var off [3]int64
 	for i := range n {
 		l := rnd.IntN(2)
@@ -25,6 +38,7 @@ func start(n int) *Trace {
 		t.Events = append(t.Events, Event{
 			At: time.Duration(i) * 700 * time.Microsecond, Wait: time.Duration(rnd.IntN(30000)) * time.Microsecond,
 			Layer: l, Off: off[l], Len: size, Origin: uint8(rnd.IntN(5)),
+			BlobOff: ends[off[l]>>12], BlobLen: ends[(off[l]+size)>>12] - ends[off[l]>>12],
 		})
 		off[l] += size
 	}
@@ -33,14 +47,15 @@ func start(n int) *Trace {
 }
 
 func BenchmarkWriterAdd(b *testing.B) {
-	events := start(100_000).Events
+	tr := start(100_000)
+	events := tr.Events
 	b.ReportAllocs()
 	i := 0
-	w, err := NewWriter(io.Discard, sample().Header)
+	w, err := NewWriter(io.Discard, tr.Header)
 	require.NoError(b, err)
 	for b.Loop() {
 		if i == len(events) {
-			w, err = NewWriter(io.Discard, sample().Header)
+			w, err = NewWriter(io.Discard, tr.Header)
 			require.NoError(b, err)
 			i = 0
 		}

@@ -61,6 +61,8 @@ const (
 	keyPath    = "path"
 	keyFileOff = "fileoff"
 	keyProcess = "process"
+	keyBlobOff = "bloboff"
+	keyBlobLen = "bloblen"
 
 	keyReason   = "reason"
 	keyReady    = "ready_us"
@@ -80,11 +82,14 @@ const (
 	colPath
 	colFileOff
 	colProcess
+	colBlobOff
+	colBlobLen
 )
 
 var columnNames = [...]string{
 	colAt: keyAt, colWait: keyWait, colLayer: keyLayer, colOff: keyOff, colLen: keyLen,
 	colOrigin: keyOrigin, colPath: keyPath, colFileOff: keyFileOff, colProcess: keyProcess,
+	colBlobOff: keyBlobOff, colBlobLen: keyBlobLen,
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

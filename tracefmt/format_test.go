@@ -73,11 +73,16 @@ func TestFormatKeys(t *testing.T) {
 
 var rewrite = flag.Bool("rewrite", false, "write the files in testdata anew")
 
-// TestKnownFile reads the file of version 1 in testdata, and writes it again.
+// TestKnownFile reads the files of version 1 in testdata, and writes them again.
 func TestKnownFile(t *testing.T) {
-	const path = "testdata/v1.trace"
+	// The first of them is as it was before there were blob ranges.
+	checkKnown(t, "testdata/v1.trace", sample())
+	checkKnown(t, "testdata/v1-blobs.trace", withBlobs())
+}
+
+func checkKnown(t *testing.T, path string, tr *Trace) {
 	var b bytes.Buffer
-	require.NoError(t, writeAll(&b, sample()))
+	require.NoError(t, writeAll(&b, tr))
 	if *rewrite {
 		require.NoError(t, os.WriteFile(path, b.Bytes(), 0o666))
 	}
@@ -86,5 +91,5 @@ func TestKnownFile(t *testing.T) {
 	require.Equal(t, want, b.Bytes(), "the encoding has changed: raise Version, or see to it that old files read")
 	got, err := Open(path)
 	require.NoError(t, err)
-	require.Equal(t, sample(), got)
+	require.Equal(t, tr, got)
 }

@@ -12,11 +12,12 @@ import (
 )
 
 func FuzzRead(f *testing.F) {
-	file := plain(f, sample())
+	f.Add(plain(f, sample()))
+	file := plain(f, withBlobs())
 	f.Add(file)
 	f.Add(file[:len(file)-3])
 	var packed bytes.Buffer
-	require.NoError(f, Encode(&packed, sample()))
+	require.NoError(f, Encode(&packed, withBlobs()))
 	f.Add(packed.Bytes())
 	head := plain(f, &Trace{Header: sample().Header})
 	for p := len(file[:len(head)]); p < len(file); {
@@ -101,13 +102,19 @@ func fuzzTrace(b []byte) *Trace {
 		return ""
 	}
 	t := &Trace{Header: Header{Image: name(), Workload: name(), Args: []string{name()}}.filled()}
+	for range take(1) % 4 {
+		t.Layers = append(t.Layers, Layer{Size: take(5), Decoded: take(5)})
+	}
 	for len(b) > 0 {
 		e := Event{
 			At: time.Duration(take(3)) * time.Microsecond, Wait: time.Duration(take(2)) * time.Microsecond,
 			Layer: int(take(1)) % MaxLayers, Len: 1 + take(3), Origin: uint8(take(1)), Path: name(), FileOff: take(2), Process: name(),
 		}
 		e.Off = (take(8) & math.MaxInt64) >> (take(1) & 63)
-		if e.Off <= math.MaxInt64-e.Len {
+		if take(1)&1 == 0 {
+			e.BlobOff, e.BlobLen = (take(8)&math.MaxInt64)>>(take(1)&63), 1+take(3)
+		}
+		if t.checkEvent(&e) == nil {
 			t.Events = append(t.Events, e)
 		}
 	}

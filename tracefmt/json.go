@@ -46,6 +46,8 @@ type jsonEvent struct {
 	Path    string `json:"path,omitempty"`
 	FileOff *int64 `json:"file_offset,omitempty"`
 	Process string `json:"process,omitempty"`
+	BlobOff *int64 `json:"blob_offset,omitempty"`
+	BlobLen int64  `json:"blob_length,omitempty"`
 }
 
 type jsonEnd struct {
@@ -57,7 +59,8 @@ type jsonEnd struct {
 }
 
 // MarshalJSON gives {"header": …, "events": [{"at_us", "layer", "offset",
-// "length", …}], "end": …}; end is null if the trace was cut off.
+// "length", …}], "end": …}; end is null if the trace was cut off. What is not
+// known of an event is left out.
 func (t *Trace) MarshalJSON() ([]byte, error) {
 	j := jsonTrace{Header: t.Header.json(), Events: make([]jsonEvent, len(t.Events))}
 	for i := range t.Events {
@@ -94,6 +97,10 @@ func (e *Event) json() jsonEvent {
 	if e.Path != "" {
 		off := e.FileOff
 		j.FileOff = &off
+	}
+	if e.BlobLen > 0 {
+		off := e.BlobOff
+		j.BlobOff, j.BlobLen = &off, e.BlobLen
 	}
 	return j
 }

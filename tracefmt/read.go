@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -383,6 +384,8 @@ func (d *decoder) addStrings(p *payload) error {
 
 func (d *decoder) decodeColumns(f *eventFrame) error {
 	c := columnReader{f: f, strings: d.strings}
+	first := len(d.trace.Events)
+	d.trace.Events = slices.Grow(d.trace.Events, f.n)
 	for i := range f.n {
 		e, err := c.next()
 		if err == nil {
@@ -392,6 +395,9 @@ func (d *decoder) decodeColumns(f *eventFrame) error {
 			return fmt.Errorf("event %d: %w", i, err)
 		}
 		d.trace.Events = append(d.trace.Events, e)
+	}
+	if err := c.blobs(&d.trace.Header, d.trace.Events[first:]); err != nil {
+		return err
 	}
 	for i := range f.cols {
 		if err := f.cols[i].end(); err != nil {

@@ -69,8 +69,8 @@ type Event struct {
 	Origin uint8         // where the bytes came from; FORMAT.md lists the values
 
 	// BlobOff and BlobLen are where the bytes lie in the layer's blob, in whole
-	// blocks of its compression; a BlobLen of 0 is unknown. A part of an event
-	// keeps those of the whole.
+	// blocks of its compression; a BlobLen of 0 is unknown, and BlobOff is 0
+	// then. A part of an event keeps those of the whole.
 	BlobOff, BlobLen int64
 
 	Path    string // of the file in the image that the bytes belong to; empty unknown
@@ -194,7 +194,10 @@ func (h *Header) checkEvent(e *Event) error {
 	case len(e.Path) > maxString || len(e.Process) > maxString:
 		return fmt.Errorf("path of %d, process of %d bytes: at most %d", len(e.Path), len(e.Process), maxString)
 	}
-	return h.checkRange(e)
+	if err := h.checkRange(e); err != nil {
+		return err
+	}
+	return h.checkBlob(e)
 }
 
 func (h *Header) checkRange(e *Event) error {
@@ -279,7 +282,8 @@ const joinWithin = 10 * time.Millisecond
 
 // Compact reduces the events to their first touches and joins those that
 // follow each other, on the layer and within some milliseconds in time: the
-// joined event has the first's time and origin, and the sum of the waits.
+// joined event has the first's time and origin, the sum of the waits, and a blob
+// range that covers theirs.
 func (t *Trace) Compact() {
 	t.Events = joined(t.FirstTouch())
 	if t.End != nil {
@@ -295,6 +299,7 @@ func joined(events []Event) []Event {
 	for _, e := range events {
 		if n := len(out); n > 0 && continues(&out[n-1], &e) {
 			out[n-1].Len += e.Len
+			joinBlobs(&out[n-1], &e)
 			out[n-1].Wait += min(e.Wait, math.MaxInt64-out[n-1].Wait)
 			continue
 		}
@@ -307,7 +312,7 @@ func continues(a, b *Event) bool {
 	if a.Layer != b.Layer || a.Off+a.Len != b.Off || b.At-a.At > joinWithin {
 		return false
 	}
-	if a.Path != b.Path || a.Process != b.Process {
+	if a.Path != b.Path || a.Process != b.Process || (a.BlobLen == 0) != (b.BlobLen == 0) {
 		return false
 	}
 	if a.Path == "" {

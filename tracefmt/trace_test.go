@@ -49,6 +49,15 @@ func sample() *Trace {
 	return t
 }
 
+// withBlobs is sample with the blob ranges of all events but one.
+func withBlobs() *Trace {
+	t := sample()
+	for i, r := range [][2]int64{{7, 93}, {700, 90}, {700, 90}, {0, 0}, {1 << 39, 1 << 20}} {
+		t.Events[i].BlobOff, t.Events[i].BlobLen = r[0], r[1]
+	}
+	return t
+}
+
 func plain(t testing.TB, tr *Trace) []byte {
 	t.Helper()
 	var b bytes.Buffer
@@ -318,7 +327,7 @@ func bin(o *object, key string, v []byte) {
 }
 
 func TestHostileEvents(t *testing.T) {
-	h := Header{Layers: []Layer{{Decoded: 1 << 20}}}
+	h := Header{Layers: []Layer{{Decoded: 1 << 20, Size: 1 << 10}}}
 	one := func(o *object, n int64, cols ...any) {
 		o.number(keyCount, n)
 		for i := 0; i < len(cols); i += 2 {
@@ -326,6 +335,7 @@ func TestHostileEvents(t *testing.T) {
 		}
 	}
 	huge := []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}
+	maxVarint := []byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}
 	for name, c := range map[string]struct {
 		pairs int
 		build func(o *object)
@@ -353,7 +363,33 @@ func TestHostileEvents(t *testing.T) {
 			one(o, 1, keyLen, []byte{1}, keyOff, []byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
 			o.number(keyUnit, 12)
 		}, "not within"},
-		"origin": {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyOrigin, []byte{0x80, 2}) }, "at most 255"},
+		"origin":            {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyOrigin, []byte{0x80, 2}) }, "at most 255"},
+		"blob offset alone": {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{0}) }, "bloboff without bloblen"},
+		"blob length alone": {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyBlobLen, []byte{2}) }, "or the other way round"},
+		"short blob column": {4, func(o *object) {
+			one(o, 2, keyLen, []byte{1, 1}, keyBlobOff, []byte{0}, keyBlobLen, []byte{2, 2})
+		}, "bloboff: column does not fit"},
+		"long blob column": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{0}, keyBlobLen, []byte{2, 2})
+		}, "bloblen: column does not fit"},
+		"negative blob offset": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{1}, keyBlobLen, []byte{2})
+		}, "bloboff: step of -1"},
+		"negative blob length": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{0}, keyBlobLen, []byte{1})
+		}, "bloblen: step of -1"},
+		"huge blob offset": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, huge, keyBlobLen, []byte{2})
+		}, "bloboff: step of"},
+		"blob range that overflows": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, maxVarint, keyBlobLen, []byte{2})
+		}, "overflow"},
+		"behind the blob": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{0xfe, 0x0f}, keyBlobLen, []byte{4})
+		}, "that of layer 0 has 1024 bytes"},
+		"blob offset without a length": {4, func(o *object) {
+			one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{2}, keyBlobLen, []byte{0})
+		}, "not a range"},
 	} {
 		_, err := Read(bytes.NewReader(file(t, h, frameEvents, c.build, c.pairs)))
 		require.ErrorContains(t, err, c.err, name)
@@ -474,7 +510,7 @@ func TestOpen(t *testing.T) {
 }
 
 func TestJSON(t *testing.T) {
-	b, err := json.Marshal(sample())
+	b, err := json.Marshal(withBlobs())
 	require.NoError(t, err)
 	var got struct {
 		Header struct{ Space string }
@@ -485,7 +521,9 @@ func TestJSON(t *testing.T) {
 	require.Equal(t, "layer", got.Header.Space)
 	require.Equal(t, map[string]any{
 		"at_us": 1000.0, "wait_us": 20000.0, "layer": 0.0, "offset": 4096.0, "length": 8192.0, "origin": "fetch",
+		"blob_offset": 7.0, "blob_length": 93.0,
 	}, got.Events[0])
+	require.NotContains(t, got.Events[3], "blob_offset")
 	require.Equal(t, 65536.0, got.Events[1]["file_offset"])
 	require.Equal(t, 31000.0, got.End["ready_us"])
 }

@@ -82,7 +82,7 @@ func (t *Writer) Flush() error {
 	if t.err != nil || len(t.pending) == 0 {
 		return t.err
 	}
-	frame, err := encodeEvents(t.pending, &t.table)
+	frame, err := encodeEvents(&t.header, t.pending, &t.table)
 	if err != nil {
 		return err
 	}
@@ -296,9 +296,10 @@ func encodeEnd(e *End) ([]byte, error) {
 }
 
 // encodeEvents makes a frame of events and of the names that are new.
-func encodeEvents(events []Event, table *stringTable) ([]byte, error) {
+func encodeEvents(h *Header, events []Event, table *stringTable) ([]byte, error) {
 	unit := commonUnit(events)
 	cols := buildColumns(events, unit, table)
+	h.putBlobs(events, &cols[colBlobOff], &cols[colBlobLen])
 	fresh := table.takeFresh()
 	pairs := 3
 	for i := range cols {

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"os"
+	"sort"
 	"strings"
 	"sync"
 	"testing"
@@ -110,6 +111,18 @@ func trace(workload string, n int) *tracefmt.Trace {
 	return t
 }
 
+// largeTrace makes one that is not carried inline.
+func largeTrace(workload string) *tracefmt.Trace {
+	t := trace(workload, 50)
+	rnd := rand.NewChaCha8([32]byte{})
+	for range 3 {
+		arg := make([]byte, 100<<10)
+		_, _ = rnd.Read(arg)
+		t.Args = append(t.Args, string(arg))
+	}
+	return t
+}
+
 // both runs a test at a registry with the Referrers API and at one without.
 func both(t *testing.T, f func(t *testing.T, s *site)) {
 	t.Run("referrers API", func(t *testing.T) { f(t, newSite(t, false)) })
@@ -138,7 +151,7 @@ func TestPushListPull(t *testing.T) {
 		require.NoError(t, err)
 		require.Empty(t, list)
 
-		small, large := trace("small", 50), trace("large", 5000)
+		small, large := trace("small", 50), largeTrace("large")
 		created := time.Unix(1_700_000_000, 123).UTC()
 		e := s.push(small, &PushOptions{Created: created})
 		s.push(large, &PushOptions{Default: true})
@@ -176,24 +189,165 @@ func TestPushListPull(t *testing.T) {
 	})
 }
 
-// TestSmallIsOneRoundTrip counts what a lookup asks for: the tag beside the
-// list of referrers, and no blob.
-func TestSmallIsOneRoundTrip(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
-		s.push(trace("w", 50), nil)
-		s.link.Reset()
-		_, _, err := s.client().Pull(context.Background(), s.subject.Digest, "w")
-		require.NoError(t, err)
-		for _, r := range s.link.Stats().Log {
-			require.NotEqual(t, "blob", r.Kind, r.Path)
+// rounds makes the link answer requests only when all of their round have come:
+// what the client asks one after the other, and is expected to ask at once, then
+// never ends.
+func (s *site) rounds(sizes ...int) {
+	var rounds []chan struct{}
+	var last []int // request of each round
+	n := 0
+	for _, size := range sizes {
+		n += size
+		rounds, last = append(rounds, make(chan struct{})), append(last, n)
+	}
+	var mu sync.Mutex // guards arrived
+	arrived := 0
+	s.link.SetFault(func(r *http.Request) *regtest.Fault {
+		mu.Lock()
+		arrived++
+		i := sort.SearchInts(last, arrived)
+		if i < len(last) && arrived == last[i] {
+			close(rounds[i])
 		}
+		mu.Unlock()
+		if i < len(last) {
+			select {
+			case <-rounds[i]:
+			case <-r.Context().Done():
+			}
+		}
+		return nil
 	})
+}
+
+// TestRoundTrips counts what a lookup asks for, and how much of that one after
+// the other.
+func TestRoundTrips(t *testing.T) {
+	for name, c := range map[string]struct {
+		attached string // "w", which is looked for, or another, the default
+		large    bool
+		noTags   bool
+		pull     bool // Pull instead of Auto
+		rounds   []int
+	}{
+		"own":                  {"w", false, false, false, []int{2}},
+		"default":              {"d", false, false, false, []int{2}},
+		"own, large":           {"w", true, false, false, []int{2, 1}},
+		"default, large":       {"d", true, false, false, []int{2, 1}},
+		"none":                 {"", false, false, false, []int{2, 2}},
+		"own, copied":          {"w", false, true, false, []int{2, 2, 1}},
+		"default, copied":      {"d", false, true, false, []int{2, 2, 1}},
+		"pull":                 {"w", false, false, true, []int{1}},
+		"pull, none":           {"", false, false, true, []int{1, 2}},
+		"pull, without a tag":  {"w", false, true, true, []int{1, 2, 1}},
+		"pull, large":          {"w", true, false, true, []int{1, 1}},
+		"pull, other is there": {"d", false, false, true, []int{1, 2}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			both(t, func(t *testing.T, s *site) { s.checkRounds(c.attached, c.large, c.noTags, c.pull, c.rounds) })
+		})
+	}
+}
+
+func (s *site) checkRounds(attached string, large, noTags, pull bool, rounds []int) {
+	t := s.t
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if attached != "" {
+		tr := trace(attached, 50)
+		if large {
+			tr = largeTrace(attached)
+		}
+		s.push(tr, &PushOptions{Default: attached == "d"})
+	}
+	if noTags {
+		s.dropTags()
+	}
+	s.rounds(rounds...)
+	client := s.client()
+	s.link.Reset()
+	lookup := client.Auto
+	if pull {
+		lookup = client.Pull
+	}
+	tr, _, err := lookup(ctx, s.subject.Digest, "w")
+	if attached == "" || pull && attached != "w" {
+		require.ErrorIs(t, err, os.ErrNotExist)
+	} else {
+		require.NoError(t, err)
+		require.Equal(t, attached, tr.Workload)
+	}
+	sum := 0
+	for _, n := range rounds {
+		sum += n
+	}
+	require.Len(t, s.link.Stats().Log, sum)
+}
+
+// dropTags removes what copying an image with its referrers leaves out.
+func (s *site) dropTags() {
+	for _, tag := range []string{Tag(s.subject.Digest, "w"), Tag(s.subject.Digest, "d"), DefaultTag(s.subject.Digest)} {
+		err := s.c.Delete(context.Background(), s.Store.ref.WithTag(tag).String())
+		if !errors.Is(err, os.ErrNotExist) {
+			require.NoError(s.t, err)
+		}
+	}
+}
+
+// TestDefaultMoves attaches defaults one after the other.
+func TestDefaultMoves(t *testing.T) {
+	both(t, func(t *testing.T, s *site) {
+		auto := func(want string) {
+			t.Helper()
+			tr, _, err := s.client().Auto(context.Background(), s.subject.Digest, "x")
+			if want == "" {
+				require.ErrorIs(t, err, os.ErrNotExist)
+				return
+			}
+			require.NoError(t, err)
+			require.Equal(t, want, tr.Workload)
+		}
+		auto("")
+		at := func(n int64) time.Time { return time.Unix(1_700_000_000+n, 0) }
+		s.push(trace("a", 10), &PushOptions{Default: true, Created: at(0)})
+		auto("a")
+		s.push(trace("b", 11), &PushOptions{Default: true, Created: at(1)})
+		auto("b")
+		s.push(trace("c", 12), nil)
+		auto("b")
+		s.push(trace("b", 13), &PushOptions{Created: at(2)}) // no longer
+		auto("a")
+		require.NoError(t, s.Delete(context.Background(), s.subject.Digest, "b"))
+		auto("a")
+		require.NoError(t, s.Delete(context.Background(), s.subject.Digest, "a"))
+		auto("")
+	})
+}
+
+// TestHostileDefault puts other things under the default's tag.
+func TestHostileDefault(t *testing.T) {
+	s := newSite(t, false)
+	tagged := s.Store.ref.WithTag(DefaultTag(s.subject.Digest)).String()
+	for name, m := range map[string]ocispec.Manifest{
+		"another image's": {ArtifactType: ArtifactType, Annotations: map[string]string{AnnotationDefault: "true"}},
+		"no trace":        {ArtifactType: "x/y", Subject: &s.subject, Annotations: map[string]string{AnnotationDefault: "true"}},
+		"no default":      {ArtifactType: ArtifactType, Subject: &s.subject, Annotations: map[string]string{AnnotationWorkload: "w"}},
+	} {
+		m.Config, m.Layers = ocispec.DescriptorEmptyJSON, []ocispec.Descriptor{ocispec.DescriptorEmptyJSON}
+		s.putManifest(m, tagged)
+		_, _, err := s.client().Auto(context.Background(), s.subject.Digest, "v")
+		require.Error(t, err, name)
+	}
+	s.push(trace("v", 10), nil)
+	tr, _, err := s.client().Auto(context.Background(), s.subject.Digest, "v")
+	require.NoError(t, err)
+	require.Equal(t, "v", tr.Workload)
 }
 
 func TestPullWithoutOwnTag(t *testing.T) {
 	both(t, func(t *testing.T, s *site) {
 		s.push(trace("w", 50), nil)
-		s.push(trace("big", 5000), nil)
+		s.push(largeTrace("big"), nil)
 		s.link.SetFault(func(r *http.Request) *regtest.Fault {
 			if strings.Contains(r.URL.Path, ".reprise-") {
 				return &regtest.Fault{Status: http.StatusNotFound}

@@ -92,9 +92,14 @@ func (s *Store) push(ctx context.Context, subject ocispec.Descriptor, t *tracefm
 	if err := s.c.PutReferrer(ctx, s.ref.Name(), p.manifest, p.raw); err != nil {
 		return Entry{}, err
 	}
-	tagged := s.ref.WithTag(Tag(subject.Digest, o.Workload)).String()
-	if err := s.c.Push(ctx, tagged, p.manifest, opener(p.raw)); err != nil {
-		return Entry{}, err
+	tags := []string{Tag(subject.Digest, o.Workload)}
+	if o.Default || slices.ContainsFunc(old, func(e Entry) bool { return e.Default }) {
+		tags = append(tags, DefaultTag(subject.Digest)) // so that it is, or no longer
+	}
+	for _, tag := range tags {
+		if err := s.c.Push(ctx, s.ref.WithTag(tag).String(), p.manifest, opener(p.raw)); err != nil {
+			return Entry{}, err
+		}
 	}
 	d := p.manifest
 	d.Annotations = p.annotations
@@ -282,9 +287,19 @@ func (s *Store) delete(ctx context.Context, subject digest.Digest, workload stri
 			return err
 		}
 	}
-	// Most registries drop the tag together with its manifest.
-	tag := Tag(subject, workload)
-	if _, err := s.c.ManifestByTag(ctx, s.ref.Name(), tag); errors.Is(err, os.ErrNotExist) {
+	for _, tag := range []string{Tag(subject, workload), DefaultTag(subject)} {
+		if err := s.untag(ctx, tag, workload); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// untag removes a tag, if it is of a trace of the workload. Most registries have
+// dropped it together with its manifest.
+func (s *Store) untag(ctx context.Context, tag, workload string) error {
+	m, err := s.c.ManifestByTag(ctx, s.ref.Name(), tag)
+	if errors.Is(err, os.ErrNotExist) || err == nil && checkIsOf(&m, workload) != nil {
 		return nil
 	}
 	if err := s.c.Delete(ctx, s.ref.WithTag(tag).String()); !errors.Is(err, os.ErrNotExist) {
@@ -305,12 +320,15 @@ func (s *Store) digests(ctx context.Context, subject digest.Digest, workload str
 			digests = append(digests, e.Descriptor.Digest)
 		}
 	}
-	m, err := s.tagged(ctx, subject, workload)
+	m, err := s.tagged(ctx, subject, Tag(subject, workload))
+	if errors.Is(err, os.ErrNotExist) {
+		return digests, nil
+	}
+	if err == nil {
+		err = checkIsOf(m, workload)
+	}
 	if err == nil && !slices.Contains(digests, m.Descriptor.Digest) {
 		digests = append(digests, m.Descriptor.Digest)
 	}
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
-	}
-	return digests, nil
+	return digests, err
 }
