@@ -32,6 +32,7 @@ var errNotKept = errors.New("the chunk cache cannot be written")
 // ReadAt fetches what is not there. All methods are safe for concurrent use.
 type Blob struct {
 	cache  *Cache
+	number uint64 // among all that the cache has opened
 	digest digest.Digest
 	size   int64
 	chunk  int64
@@ -49,6 +50,7 @@ type Blob struct {
 	present bitset // readable chunks
 	ahead   bitset // of these, fetched by background lanes in this process
 	wanted  bitset // of these, read by demand in this process
+	read    blocksRead
 	used    []atomic.Uint32
 	opened  time.Time
 	touched time.Time // the live map, by Cache.maintain
@@ -59,11 +61,12 @@ type Blob struct {
 	liveLost sync.Once
 
 	unkept sync.Once
+	waited atomic.Int64 // when a read last missed, in Unix nanoseconds
 
 	mu       sync.Mutex // guards the fields below
 	flights  []*flight
-	asides   []*flight // around the cache
-	planned  *planned  // nil without a running replay
+	asides   []*flight  // around the cache
+	plans    []*planned // of running replays
 	runs     readahead
 	pins     []span // what opening the blob's layer reads: not evicted
 	dirty    bool
@@ -200,6 +203,7 @@ func (b *Blob) Close() error {
 	b.closed = true
 	b.mu.Unlock()
 	b.cancel()
+	b.cache.decoded.drop(b.number)
 	ended := make(chan error, 1)
 	quiet := make(chan struct{})
 	go func() {
@@ -492,6 +496,7 @@ func (b *Blob) Verify(ctx context.Context) error {
 			if _, err := b.forget(0, b.chunks); err != nil {
 				b.lost(err)
 			}
+			b.cache.decoded.drop(b.number)
 		}
 		return fmt.Errorf("verify blob %s: %w: the registry's bytes are sha256:%s; its cache was dropped", b.digest, ErrDigest, got)
 	}

@@ -24,10 +24,13 @@ const (
 	// keeps their ends from being rounded far. A replay of the demo's trace
 	// without gaps fetches 18.0 MiB with chunks of 512 B, 18.6 with 4 KiB,
 	// 20.1 with 16 KiB and 23.7 with 64 KiB.
-	DefaultChunkSize = 4 << 10
+	DefaultChunkSize = 512
 
 	// DefaultCacheBytes bounds what the cache keeps on disk.
 	DefaultCacheBytes = 32 << 30
+
+	// DefaultDecodedBytes bounds the decoded blocks that are kept in memory.
+	DefaultDecodedBytes = 32 << 20
 )
 
 // CacheOptions are the settings of a [Cache]. A zero field means its default.
@@ -39,6 +42,11 @@ type CacheOptions struct {
 	// [DefaultChunkSize] by default. A cache directory made with another
 	// chunk size starts empty.
 	ChunkSize int64
+	// DecodedBytes bounds the memory for decoded blocks of layers that are
+	// compressed in blocks of more than 4 KiB, [DefaultDecodedBytes] by
+	// default; negative for none. It is given back when it has not been used
+	// for a while.
+	DecodedBytes int64
 	// FlushEvery is how often presence is written down, 3 s by default.
 	FlushEvery time.Duration
 	// RetryFor is how long opening an image goes on after failing fetches,
@@ -49,6 +57,10 @@ type CacheOptions struct {
 	// broken: 0, the default, for ever, which is until the image is closed; a
 	// negative time for no longer than it takes to be sure, some seconds.
 	Outage time.Duration
+	// Background bounds what replay and completion take, of all images
+	// together. PerMinute is for each registry host, and counts the requests of
+	// readers, too, who do not wait for it.
+	Background Limits
 	// Log receives warnings, slog.Default() by default.
 	Log *slog.Logger
 }
@@ -60,6 +72,7 @@ func (o *CacheOptions) fill() (CacheOptions, error) {
 	}
 	c.MaxBytes = cmp.Or(c.MaxBytes, DefaultCacheBytes)
 	c.ChunkSize = cmp.Or(c.ChunkSize, DefaultChunkSize)
+	c.DecodedBytes = cmp.Or(c.DecodedBytes, DefaultDecodedBytes)
 	c.FlushEvery = cmp.Or(c.FlushEvery, 3*time.Second)
 	c.RetryFor = cmp.Or(c.RetryFor, time.Minute)
 	c.Log = cmp.Or(c.Log, slog.Default())
@@ -75,12 +88,16 @@ func (o *CacheOptions) fill() (CacheOptions, error) {
 // is the kernel's. After a crash of the machine only the presence map is
 // trusted, which is written in batches after the data was synced.
 type Cache struct {
-	dir string
-	o   CacheOptions
+	dir     string
+	o       CacheOptions
+	decoded *decoded // nil if none are kept
 
 	mu     sync.Mutex // guards the fields below
 	blobs  map[digest.Digest]*Blob
+	opened uint64 // blobs, ever
 	links  map[string]*link
+	node   *node
+	past   map[string]HostStats // by host, of blobs that were closed
 	closed bool
 
 	stop    chan struct{}
@@ -97,8 +114,8 @@ func OpenCache(dir string, o *CacheOptions) (*Cache, error) {
 		return nil, fmt.Errorf("open cache: %w", err)
 	}
 	c := &Cache{
-		dir: dir, o: opts,
-		blobs: map[digest.Digest]*Blob{}, links: map[string]*link{},
+		dir: dir, o: opts, decoded: newDecoded(opts.DecodedBytes),
+		blobs: map[digest.Digest]*Blob{}, links: map[string]*link{}, node: newNode(opts.Background),
 		stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	go c.maintain()
@@ -118,6 +135,7 @@ func (c *Cache) Close() error {
 	c.mu.Unlock()
 	close(c.stop)
 	<-c.stopped
+	c.decoded.close()
 	if open > 0 {
 		return fmt.Errorf("close cache %s: %d blobs are still open", c.dir, open)
 	}
@@ -165,6 +183,8 @@ func (c *Cache) open(d digest.Digest, size int64, f Fetcher) (*Blob, error) {
 		return nil, err
 	}
 	b := newBlob(c, d, size, f, file, path)
+	c.opened++
+	b.number = c.opened
 	err = b.load(making)
 	if err == nil && making {
 		err = lockByte(file, lockMaking, unix.F_UNLCK, 1)
@@ -181,7 +201,7 @@ func (c *Cache) open(d digest.Digest, size int64, f Fetcher) (*Blob, error) {
 func (c *Cache) link(host string) *link {
 	l := c.links[host]
 	if l == nil {
-		l = newLink(host, c.o.Log)
+		l = newLink(host, c.node, c.o.Log, c.o.Background.PerMinute)
 		c.links[host] = l
 	}
 	return l
@@ -204,6 +224,7 @@ func (c *Cache) release(b *Blob) (last bool) {
 		return false
 	}
 	delete(c.blobs, b.digest)
+	c.retire(b)
 	return true
 }
 
@@ -228,6 +249,7 @@ func (c *Cache) maintain() {
 			b.markUsed()
 			b.wg.Done()
 		}
+		c.decoded.sweep()
 		if err := c.trim(); err != nil {
 			c.o.Log.Warn("cache: keep the size bound", "dir", c.dir, "err", err)
 		}

@@ -50,29 +50,15 @@ func (im *Image) Complete(ctx context.Context, o *CompleteOptions) error {
 	return errors.Join(errs...)
 }
 
+// completePieces bounds the requests under way for the completion of an image.
+const completePieces = 4
+
 func (im *Image) completeLayer(ctx context.Context, layer int, rate int64) error {
 	b := im.layers[layer].blob
-	step := b.size
-	if rate > 0 {
-		step = maxPiece
-	}
-	p := prefetcher{blobs: im.Blobs(), places: make(chan struct{}, 4)}
-	for off := int64(0); off < b.size && p.err == nil; off += step {
-		start := time.Now()
-		n := min(step, b.size-off)
-		if err := p.want(ctx, Want{Layer: layer, Off: off, Len: n}); err != nil {
-			p.fail(err)
-		}
-		p.wg.Wait()
-		if rate > 0 {
-			due := time.Duration(float64(n) / float64(rate) * float64(time.Second))
-			if err := sleep(ctx, due-time.Since(start)); err != nil {
-				return err
-			}
-		}
-	}
-	if p.err != nil {
-		return p.err
+	whole := &list{wants: []Want{{Layer: layer, Len: b.size}}}
+	limits := Limits{Requests: completePieces, Rate: rate}
+	if _, err := im.Blobs().prefetch(ctx, whole, &PrefetchOptions{Limits: limits}, true); err != nil {
+		return err
 	}
 	if !b.Complete() { // a flight of somebody else was passed by
 		for off := int64(0); off < b.size; off += maxPiece {

@@ -17,11 +17,31 @@
 //
 // A [Cache] belongs to a process and holds the process-wide schedule: one link
 // estimate and one set of limits a registry host, shared by every image.
-// Demand starts at once; background requests are admitted only as far as the
-// link's bandwidth × delay needs, and pause while demand is being fetched.
+// Demand starts at once and waits for no budget. Background requests are let in
+// as far as the link's bandwidth × delay needs and [Limits] allow; prefetches
+// take turns by bytes, those whose readers wait get more, and completion comes
+// last. While demand is fetched, or a prefetch that a reader has joined, the
+// others are read slowly; while readers miss what no plan has, fewer are let in.
+// What a background request fails with holds up no reader: he fetches by
+// himself what it does not bring, unless the host asks to be left alone.
 // Everything exported is safe for concurrent use unless it says otherwise.
 // Several processes may share one cache directory: they fetch on their own but
 // find what the others have written.
+//
+// # Decoded blocks
+//
+// Blocks of more than 4 KiB of which a read wants a part are kept decoded, for
+// all images of the cache, up to [CacheOptions].DecodedBytes of memory outside
+// of the Go heap: neighbouring reads decode a block once. What is wanted whole
+// is decoded to where it is wanted and not kept. Blocks go with the last image
+// that has their blob, and when nobody has used them for ten times
+// [CacheOptions].FlushEvery. Reading a node's own files keeps nothing.
+//
+// What was tried and left out, on two processors with other programs running:
+// decoding a request on both, since waking the second takes 60 to 200 µs, as
+// long as decoding 128 KiB does; and decoding blocks of a replay ahead of
+// demand, which makes no less work of it. With a processor idle throughout it
+// would take up to 14 % off a start from zstd blocks of 64 KiB.
 //
 // # A registry that is away
 //

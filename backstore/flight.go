@@ -11,8 +11,8 @@ import (
 )
 
 const (
-	minRun = 64 << 10  // the least that a demand miss fetches
-	maxRun = 512 << 10 // the most, before a stream is recognised
+	minRun = 64 << 10 // the least that a demand miss fetches
+	maxRun = 1 << 20  // the most, before a stream is recognised
 )
 
 type span struct{ off, end int64 }
@@ -22,9 +22,15 @@ type span struct{ off, end int64 }
 // asking, for as long as a demand read waits for it, if not.
 type flight struct {
 	blob     digest.Digest
+	link     *link
 	off, end int64
 	lane     Lane
 	aside    []byte // where the bytes go instead of the cache, if not nil
+	grant    *grant // of a background flight; nil where nobody counts
+
+	ctx    context.Context // of its requests
+	cancel context.CancelFunc
+	hurry  chan struct{} // gets something when the flight is waited for
 
 	mu       sync.Mutex // guards the fields below
 	pos      int64      // readable up to here
@@ -36,11 +42,79 @@ type flight struct {
 	failing  time.Time // when the first of these was begun
 	last     error     // of these
 	err      error
+	asking   bool // a request is under way
+	held     bool // it is not, since others have failed
+	weighs   bool // counted by link.demands
 	done     bool
 }
 
 func newFlight(b *Blob, off, end int64, lane Lane) *flight {
-	return &flight{blob: b.digest, off: off, end: end, lane: lane, pos: off, progress: make(chan struct{})}
+	f := &flight{
+		blob: b.digest, link: b.link, off: off, end: end, lane: lane, pos: off,
+		hurry: make(chan struct{}, 1), progress: make(chan struct{}),
+	}
+	f.ctx, f.cancel = context.WithCancel(b.ctx)
+	return f
+}
+
+// weigh tells the link whether somebody waits for its bytes. f.mu is held.
+func (f *flight) weigh() {
+	if w := f.asking && f.wanted > 0; w != f.weighs {
+		f.weighs = w
+		f.link.demands(f.lane, w)
+	}
+}
+
+// asks says that a request is under way from now on, or is no more.
+func (f *flight) asks(yes bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asking = yes
+	f.weigh()
+}
+
+// hold says that a failure keeps the flight from asking, until proceed.
+func (f *flight) hold() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held = true
+}
+
+// proceed fails where the flight was abandoned.
+func (f *flight) proceed() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held = false
+	return f.ctx.Err()
+}
+
+// errAbandoned is a background flight that was ended for want of use.
+var errAbandoned = fmt.Errorf("backstore: %w", context.Canceled)
+
+// abandon ends a flight that nobody waits for, and reports whether it has. b.mu
+// is held.
+func (b *Blob) abandon(f *flight) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.done || f.wanted > 0 {
+		return false
+	}
+	b.flights = slices.DeleteFunc(b.flights, func(g *flight) bool { return g == f })
+	f.cancel()
+	return true
+}
+
+// overtake abandons a flight that brings the chunk at off later than a request
+// of its own would: one that has failed and is tried again some time, or what is
+// left of a reader's that he has lost interest in. b.mu is held.
+func (b *Blob) overtake(f *flight, off int64) bool {
+	f.mu.Lock()
+	late := f.lane == Background && f.held
+	if f.lane == Demand && f.wanted == 0 && f.pos > f.off {
+		late = b.link.isFar(off - f.pos)
+	}
+	f.mu.Unlock()
+	return late && b.abandon(f)
 }
 
 // signal wakes those who wait. f.mu is held.
@@ -82,15 +156,27 @@ func (f *flight) finish(err error) {
 func (f *flight) claim() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.wanted++; f.wanted == 1 {
-		f.since = time.Now()
+	if f.wanted++; f.wanted > 1 {
+		return
+	}
+	f.since = time.Now()
+	f.weigh()
+	select {
+	case f.hurry <- struct{}{}:
+	default:
 	}
 }
 
 func (f *flight) disclaim() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.unwant()
+}
+
+// unwant is disclaim with f.mu held.
+func (f *flight) unwant() {
 	f.wanted--
+	f.weigh()
 }
 
 // wait returns once the flight has passed need, has failed before it, patience
@@ -98,7 +184,7 @@ func (f *flight) disclaim() {
 func (f *flight) wait(ctx context.Context, need int64, p patience) (gaveUp bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer func() { f.wanted-- }()
+	defer f.unwant()
 	for f.pos < need && !f.done {
 		left, bounded := p.left(f.failing)
 		if bounded && left <= 0 {
@@ -170,8 +256,12 @@ func (b *Blob) begin(ws []waiting, off, n int64) ([]waiting, error) {
 		if at >= to {
 			return ws, nil
 		}
+		b.waited.Store(time.Now().UnixNano())
 		pos := at * b.chunk
 		f, joined := b.flightAt(pos), true
+		if f != nil && b.overtake(f, pos) {
+			f = nil
+		}
 		if f == nil {
 			f, joined = b.startDemand(pos, min(to*b.chunk, b.size)), false
 		} else {
@@ -198,16 +288,32 @@ func (b *Blob) flightAt(off int64) *flight {
 // is claimed. b.mu is held.
 func (b *Blob) startDemand(off, need int64) *flight {
 	end := max(need, off+b.runs.next(off, need, b.link.runLength()))
-	if p := b.planned; p != nil { // pull the planned piece forward
-		w := Want{Layer: p.layer, Off: off, Len: need - off}
-		if around := p.plan.Around(w, b.link.estimate()); around != w {
-			end = max(need, min(around.Off+around.Len, off+maxPiece))
-		}
+	if to := b.plannedTo(off, need); to > 0 {
+		end = max(need, to)
+	} else {
+		b.link.stray()
 	}
 	f := newFlight(b, off, b.clip(off, end), Demand)
 	f.claim() // before it can fail
 	b.start(f)
 	return f
+}
+
+// plannedTo pulls forward what running replays want of the bytes from off on,
+// of which a miss needs those up to need: it returns where that ends, 0 where
+// nothing is planned. b.mu is held.
+func (b *Blob) plannedTo(off, need int64) (end int64) {
+	if len(b.plans) == 0 {
+		return 0
+	}
+	e := b.link.estimate()
+	for _, p := range b.plans {
+		w := Want{Layer: p.layer, Off: off, Len: need - off}
+		if around := p.plan.Around(w, e); around != w {
+			end = max(end, min(around.Off+around.Len, off+maxPiece))
+		}
+	}
+	return end
 }
 
 // clip cuts [off, end) at the blob's end and at the first chunk that is
@@ -296,15 +402,21 @@ func (b *Blob) finish(ws []waiting, off, n int64, p patience) (Origin, error) {
 func (b *Blob) fly(f *flight) {
 	defer b.wg.Done()
 	err := b.transfer(f)
+	gone := f.ctx.Err() != nil && b.ctx.Err() == nil
+	f.cancel()
 	b.mu.Lock()
 	isThis := func(g *flight) bool { return g == f }
 	b.flights = slices.DeleteFunc(b.flights, isThis)
 	b.asides = slices.DeleteFunc(b.asides, isThis)
 	b.mu.Unlock()
-	if err != nil {
+	switch {
+	case err != nil && gone:
+		err = errAbandoned
+	case err != nil:
 		err = f.error(err)
 	}
 	f.finish(err)
+	f.grant.release((*grant).close)
 }
 
 func (f *flight) error(cause error) error {

@@ -256,6 +256,8 @@ func (im *Image) gather(s *scratch) error {
 func (im *Image) report(s *scratch, start time.Duration) {
 	o := im.observer.Load()
 	waits := s.waits
+	var wait time.Duration
+	remote := false
 	for i, g := range s.segs {
 		if g.Kind != lsmt.Data || g.Layer >= len(im.layers) {
 			continue
@@ -266,9 +268,12 @@ func (im *Image) report(s *scratch, start time.Duration) {
 			e.BlobOff, e.BlobLen = l.blobRange(g.LayerOff, g.Len)
 		}
 		if l.blob != nil {
+			remote = true
 			e.Origin = l.blob.demanded(e.BlobOff, e.BlobLen)
+			l.noteRead(g.LayerOff, g.Len)
 			if len(waits) > 0 && waits[0].seg == i {
 				e.Origin, e.Wait = waits[0].from, waits[0].wait
+				wait += e.Wait // one was waited for after the other
 				waits = waits[1:]
 			}
 		}
@@ -276,6 +281,9 @@ func (im *Image) report(s *scratch, start time.Duration) {
 		if o != nil {
 			(*o).ObserveRead(e)
 		}
+	}
+	if remote {
+		im.counts.latency.add(wait)
 	}
 }
 
@@ -333,13 +341,13 @@ const attempts = 3
 // readFull reads layer space. A bad block of a remote layer is fetched again.
 func (l *layer) readFull(p []byte, off int64) error {
 	for try := 1; ; try++ {
-		n, err := l.raw.ReadAt(p, off)
+		n, err := l.readAt(p, off)
 		if n == len(p) {
 			return nil
 		}
 		var bad *zfile.CorruptError
 		if l.blob == nil || try == attempts || !errors.As(err, &bad) {
-			if err == nil || err == io.EOF {
+			if err == nil || errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
 			}
 			return fmt.Errorf("layer %s: %w", l.info.Name, err)

@@ -167,8 +167,27 @@ func (l *layer) open(at io.ReaderAt) error {
 	return err
 }
 
-// fetchTail asks for what opening a layer reads, in one request.
-func (b *Blob) fetchTail(ctx context.Context, known int64) error {
+// Ask begins to fetch what opening the layer reads, and returns at once. Who
+// opens it, and who prefetches, meets that.
+func (s LayerSource) Ask() {
+	b := s.Blob
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.closed {
+		return
+	}
+	from, to := b.chunksOf(b.size-b.tail(s.Tail), b.tail(s.Tail))
+	to = min(to, b.chunks)
+	if first := b.nextMissing(from, to); first < to {
+		b.start(newFlight(b, first*b.chunk, min(b.nextHeld(first, to)*b.chunk, b.size), Demand))
+	}
+}
+
+// tail is how many bytes at the end of the blob opening the layer asks for.
+func (b *Blob) tail(known int64) int64 {
 	n := b.size/tailShare + tailBase
 	if known > 0 {
 		n = known
@@ -176,6 +195,12 @@ func (b *Blob) fetchTail(ctx context.Context, known int64) error {
 	if n > b.size || b.size <= wholeBlob {
 		n = b.size
 	}
+	return n
+}
+
+// fetchTail asks for what opening a layer reads, in one request.
+func (b *Blob) fetchTail(ctx context.Context, known int64) error {
+	n := b.tail(known)
 	if n == 0 || b.has(b.size-n, n) {
 		return ctx.Err()
 	}

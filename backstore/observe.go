@@ -36,6 +36,11 @@ func (o Origin) String() string {
 	return "unknown"
 }
 
+// Origins are all there are.
+func Origins() []Origin {
+	return []Origin{FromLocal, FromCache, FromPrefetch, FromFlight, FromFetch}
+}
+
 // A ReadEvent is one demand read of one layer.
 type ReadEvent struct {
 	At    time.Duration // start of the read, since the image was opened

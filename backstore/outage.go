@@ -48,6 +48,8 @@ type outage struct {
 	since    time.Time  // when the first of the failures was begun; zero while all is well
 	good     time.Time  // of the last success
 	answered bool       // what failed was answered
+	told     time.Time  // when the host has said that it wants to be left alone
+	asked    time.Time  // until when
 	failing  map[digest.Digest]bool
 	err      error // the last one
 	failures int   // attempts since the outage began
@@ -58,6 +60,8 @@ type outage struct {
 	timer    *time.Timer // lets the next one through; nil while the queue is empty
 	due      time.Time   // when timer fires
 	armed    int         // how often it was made
+
+	outages, throttled int64 // begun, and answers with a Retry-After, ever
 }
 
 // queued is a fetch that waits to be let through.
@@ -70,15 +74,17 @@ type queued struct {
 // enter waits until f may send a request: at once where all is well.
 func (o *outage) enter(ctx context.Context, f *flight) error {
 	o.mu.Lock()
-	if o.since.IsZero() || o.answered && !o.failing[f.blob] {
+	if o.since.IsZero() || o.answered && !o.failing[f.blob] && !time.Now().Before(o.asked) {
 		o.mu.Unlock()
 		return ctx.Err()
 	}
 	q := o.join(f, time.Time{})
+	f.hold()
 	o.mu.Unlock()
+	f.grant.release((*grant).park)
 	select {
 	case <-q.ok:
-		return nil
+		return f.proceed()
 	case <-ctx.Done():
 		o.leave(q)
 		return ctx.Err()
@@ -156,6 +162,7 @@ func (o *outage) begin(at time.Time, f *flight, err error) {
 	o.since, o.reported = at, time.Time{}
 	o.err, o.answered = err, isAnswer(err)
 	o.failures, o.failing = 0, map[digest.Digest]bool{f.blob: true}
+	o.outages++
 	o.pause = 0
 }
 
@@ -166,7 +173,10 @@ func (o *outage) putOff(least time.Duration) {
 }
 
 // jitter is a random time from half of d to d.
-func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
+func jitter(d time.Duration) time.Duration { return d/2 + random(d/2) }
+
+// random is a random time from 0 to d. Tests may know it beforehand.
+var random = func(d time.Duration) time.Duration { return rand.N(d + 1) }
 
 // failed notes that an attempt of f, begun at that time, has failed. It
 // reports whether that speaks against the host: not where the host has answered
@@ -174,6 +184,9 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
 func (o *outage) failed(f *flight, begun time.Time, err error) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if retryAfter(err) > 0 {
+		o.throttled++
+	}
 	if begun.Before(o.good) {
 		return false
 	}
@@ -185,7 +198,9 @@ func (o *outage) failed(f *flight, begun time.Time, err error) bool {
 	o.failing[f.blob] = true
 	o.failures++
 	if after := retryAfter(err); after > time.Until(o.next) {
-		o.next = time.Now().Add(after)
+		// All who were told so come back a little apart.
+		o.next = time.Now().Add(after + random(min(after/8, longestPause)))
+		o.told, o.asked = time.Now(), o.next
 	}
 	o.arm()
 	o.report(f)
@@ -198,6 +213,9 @@ func (o *outage) succeeded(begun time.Time) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.good = time.Now()
+	if begun.Before(o.told) && o.good.Before(o.asked) {
+		return // it was let in before that
+	}
 	if !o.since.IsZero() {
 		if !o.reported.IsZero() {
 			o.log.Warn("registry is back", "host", o.host, "after", time.Since(o.since).Round(time.Millisecond), "attempts", o.failures)
@@ -237,6 +255,13 @@ func (o *outage) report(f *flight) {
 		o.log.Warn("registry is still away", args...)
 	}
 	o.reported = time.Now()
+}
+
+// read returns the counts, and whether there is an outage now.
+func (o *outage) read() (throttled, outages int64, away bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.throttled, o.outages, !o.since.IsZero()
 }
 
 // lasting returns the error of the outage, nil if there is none.

@@ -1,8 +1,13 @@
 package backstore
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // A Want is a range of a layer's blob to have on the node ahead of demand.
@@ -16,8 +21,20 @@ type Want struct {
 // link is filled by several.
 const maxPiece = 1 << 20
 
-// maxPieces bounds the background requests of one image in flight.
+// maxPieces is the default of PrefetchOptions.Limits.Requests.
 const maxPieces = 48
+
+// failuresInARow is how many requests fail one after the other before a
+// prefetch stops.
+const failuresInARow = 5
+
+// spareDisk is how much of the disk a prefetch leaves free, in bytes, so that
+// what readers fetch can be kept.
+const spareDisk = 64 << 20
+
+// ErrStopped is a prefetch that has stopped by itself, since it does no good.
+// What it says beside that is for people.
+var ErrStopped = errors.New("stopped")
 
 // PrefetchOptions are the settings of [Image.Prefetch]. A zero field means its
 // default.
@@ -25,6 +42,9 @@ type PrefetchOptions struct {
 	// Gap is how many bytes that are here already are fetched again where
 	// that saves a request, 0 by default.
 	Gap int64
+	// Limits are those of this prefetch. They hold beside
+	// [CacheOptions].Background, which all share.
+	Limits Limits
 }
 
 // PrefetchResult tells what a prefetch has done.
@@ -54,31 +74,37 @@ func (im *Image) Prefetch(ctx context.Context, wants []Want, o *PrefetchOptions)
 
 // Prefetch brings what the plan says onto the node, in its order, behind demand
 // and within the bounds of the links, and returns when all is there, has failed,
-// or ctx ends. It never fails a read: what it could not bring is fetched on
-// demand. The error is the first failure.
+// or ctx ends; what is under way then and nobody waits for is cancelled. It
+// never fails a read: what it could not bring is fetched on demand. The error is
+// the first failure, or wraps [ErrStopped] where several in a row have failed,
+// the cache cannot be written, or what is wanted does not fit into it.
+//
+// Prefetches that run at the same time take turns, by bytes; those whose readers
+// wait get more of them.
 func (s Stack) Prefetch(ctx context.Context, plan Plan, o *PrefetchOptions) (PrefetchResult, error) {
+	defer s.Watch(plan)()
+	return s.prefetch(ctx, plan, o, false)
+}
+
+// prefetch is Prefetch of a plan that reads do not know of. With idle, all
+// others go first.
+func (s Stack) prefetch(ctx context.Context, plan Plan, o *PrefetchOptions, idle bool) (PrefetchResult, error) {
 	var opts PrefetchOptions
 	if o != nil {
 		opts = *o
 	}
-	s.setPlan(plan)
-	defer s.setPlan(nil)
-	p := prefetcher{blobs: s, o: opts, places: make(chan struct{}, maxPieces)}
-	for {
-		w, ok := plan.Next(s.estimate())
-		if !ok {
-			break
-		}
-		err := s.check(w)
-		if err == nil {
-			err = p.want(ctx, w)
-		}
-		if err != nil {
-			p.fail(err)
-			break
-		}
+	opts.Limits.Requests = cmp.Or(opts.Limits.Requests, maxPieces)
+	p := prefetcher{blobs: s, gap: opts.Gap, plan: plan}
+	p.share = &share{budget: newBudget(opts.Limits), blobs: s, idle: idle}
+	ctx, p.stop = context.WithCancelCause(ctx)
+	defer p.stop(nil)
+	if err := p.run(ctx); err != nil {
+		p.fail(err)
 	}
 	p.wg.Wait()
+	if cause := context.Cause(ctx); errors.Is(cause, ErrStopped) {
+		return p.result, cause
+	}
 	return p.result, p.err
 }
 
@@ -110,14 +136,18 @@ func (l *list) Around(w Want, _ Estimate) Want {
 
 // prefetcher is one running Prefetch.
 type prefetcher struct {
-	blobs  Stack
-	o      PrefetchOptions
-	places chan struct{}
-	wg     sync.WaitGroup
+	blobs Stack
+	gap   int64
+	plan  Plan
+	share *share
+	rest  Want                    // what was not asked for yet of the plan's last range
+	stop  context.CancelCauseFunc // with ErrStopped where it is for a reason of its own
+	wg    sync.WaitGroup
 
 	mu     sync.Mutex // guards the fields below
 	result PrefetchResult
 	err    error
+	row    int // failures one after the other
 }
 
 func (p *prefetcher) fail(err error) {
@@ -128,61 +158,172 @@ func (p *prefetcher) fail(err error) {
 	}
 }
 
-// want starts the flights of one want, piece by piece.
-func (p *prefetcher) want(ctx context.Context, w Want) error {
-	b := p.blobs[w.Layer]
-	if b == nil {
-		return nil // a local file
+// run starts the flights of the plan. What is next is asked of the plan when it
+// can be sent.
+func (p *prefetcher) run(ctx context.Context) error {
+	l := p.blobs.link()
+	if l == nil {
+		return nil
 	}
-	for off, end := w.Off, w.Off+w.Len; off < end; {
-		s, ok := b.missing(off, end, p.o.Gap)
-		if !ok {
-			p.count(0, 0, end-off)
-			return nil
-		}
-		p.count(0, 0, max(0, s.off-off))
-		select {
-		case p.places <- struct{}{}:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		f, err := b.startBackground(ctx, s)
-		if f == nil {
-			<-p.places
-			if err != nil {
+	room := p.blobs.room()
+	for {
+		if l.mayWait(p.share) { // not for the end of the plan
+			if b, _, err := p.next(l); b == nil {
 				return err
 			}
-			continue // demand was faster: look again
 		}
-		p.count(1, f.end-f.off, 0)
-		p.follow(ctx, f)
-		off = f.end
+		g, err := l.admit(ctx, p.share, maxPiece)
+		if err != nil {
+			return err
+		}
+		b, s, err := p.next(l)
+		if b == nil {
+			g.release((*grant).cancel)
+			return err
+		}
+		if b.link != l { // stand in line there
+			g.release((*grant).cancel)
+			l = b.link
+			continue
+		}
+		if room -= s.end - s.off; room < 0 {
+			g.release((*grant).cancel)
+			return fmt.Errorf("%w: what is wanted does not fit into the cache or onto its disk", ErrStopped)
+		}
+		f, err := b.startBackground(s, g)
+		if err != nil {
+			return err
+		}
+		if f != nil { // else demand was faster: look again
+			p.started(f)
+			p.follow(ctx, b, f)
+		}
 	}
-	return nil
+}
+
+// next finds what is to be fetched next; no blob if that was all.
+func (p *prefetcher) next(l *link) (*Blob, span, error) {
+	for {
+		if p.rest.Len <= 0 {
+			w, ok := p.plan.Next(l.estimate())
+			if !ok {
+				return nil, span{}, nil
+			}
+			if err := p.blobs.check(w); err != nil {
+				return nil, span{}, err
+			}
+			p.rest = w
+		}
+		b := p.blobs[p.rest.Layer]
+		if b == nil { // a local file
+			p.rest.Len = 0
+			continue
+		}
+		s, ok := b.missing(p.rest.Off, p.rest.Off+p.rest.Len, p.gap, b.link.piece())
+		if ok {
+			p.pass(s.off)
+			return b, s, nil
+		}
+		p.pass(p.rest.Off + p.rest.Len)
+	}
+}
+
+// pass goes on to off, over what is here or under way.
+func (p *prefetcher) pass(off int64) {
+	n := max(0, off-p.rest.Off)
+	p.rest.Off, p.rest.Len = p.rest.Off+n, p.rest.Len-n
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.result.Here += n
+}
+
+func (p *prefetcher) started(f *flight) {
+	n := f.end - p.rest.Off
+	p.rest.Off, p.rest.Len = f.end, p.rest.Len-n
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.result.Requests++
+	p.result.Bytes += f.end - f.off
 }
 
 // follow waits for a flight beside the others.
-func (p *prefetcher) follow(ctx context.Context, f *flight) {
+func (p *prefetcher) follow(ctx context.Context, b *Blob, f *flight) {
 	p.wg.Add(1)
 	go func() {
 		defer p.wg.Done()
 		err := f.settled(ctx)
-		<-p.places
-		if err != nil {
-			p.fail(err)
-			p.mu.Lock()
-			p.result.Failed++
-			p.mu.Unlock()
+		if ctx.Err() != nil {
+			b.giveUp(f, p.share)
+			return
 		}
+		p.ended(b, err)
 	}()
 }
 
-func (p *prefetcher) count(requests int, bytes, here int64) {
+// ended judges how a flight of b has ended.
+func (p *prefetcher) ended(b *Blob, err error) {
+	if errors.Is(err, errAbandoned) {
+		return // demand fetches it
+	}
+	away := b.link.outage.lasting() != nil // from everybody: that is waited for
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.result.Requests += requests
-	p.result.Bytes += bytes
-	p.result.Here += here
+	if err == nil {
+		p.row = 0
+		return
+	}
+	p.result.Failed++
+	if p.err == nil {
+		p.err = err
+	}
+	if !away {
+		p.row++
+	}
+	switch {
+	case errors.Is(err, errNotKept):
+		p.stop(fmt.Errorf("%w: %w", ErrStopped, err))
+	case p.row >= failuresInARow:
+		p.stop(fmt.Errorf("%w: %d background requests failed one after the other, the last: %w", ErrStopped, p.row, err))
+	}
+}
+
+// giveUp cancels a flight of which a prefetch that has ended was the reason,
+// unless somebody else might be glad of it.
+func (b *Blob) giveUp(f *flight, s *share) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	own := 1
+	if s.idle { // which reads do not know of
+		own = 0
+	}
+	if len(b.plans) <= own {
+		b.abandon(f)
+	}
+}
+
+// room is how many bytes may be fetched ahead until the cache is full, so that
+// nothing that readers need has to go for them.
+func (s Stack) room() int64 {
+	for _, b := range s {
+		if b != nil {
+			return b.cache.room()
+		}
+	}
+	return 0
+}
+
+// room is how many bytes of open blobs the cache can take: what is of others
+// goes first where space is short.
+func (c *Cache) room() int64 {
+	n := c.o.MaxBytes
+	for _, b := range c.openBlobs() {
+		n -= b.Present()
+	}
+	var st unix.Statfs_t
+	if unix.Statfs(c.dir, &st) == nil && st.Blocks > 0 {
+		n = min(n, int64(st.Bavail)*st.Bsize-spareDisk)
+	}
+	return n
 }
 
 // settled waits for the end of a flight.
@@ -203,8 +344,9 @@ func (f *flight) settled(ctx context.Context) error {
 }
 
 // missing finds the first piece of [off, end), in bytes, that is neither here
-// nor under way, joined over gaps of up to gap bytes.
-func (b *Blob) missing(off, end, gap int64) (span, bool) {
+// nor under way, joined over gaps of up to gap bytes. It is about as long as
+// piece at most.
+func (b *Blob) missing(off, end, gap, piece int64) (span, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	from, to := b.chunksOf(off, end-off)
@@ -214,8 +356,8 @@ func (b *Blob) missing(off, end, gap int64) (span, bool) {
 	if first >= to {
 		return span{}, false
 	}
-	limit := min(to, first+maxPiece/b.chunk)
-	if to-limit < maxPiece/2/b.chunk {
+	limit := min(to, first+piece/b.chunk)
+	if to-limit < piece/2/b.chunk {
 		limit = to // rather than a short piece
 	}
 	stop := b.nextHeld(first, limit)
@@ -258,22 +400,17 @@ func (b *Blob) nextHeld(from, to int64) int64 {
 	return to
 }
 
-// startBackground waits for admission and starts a flight for what of s is
-// still missing then; nil without an error if nothing is.
-func (b *Blob) startBackground(ctx context.Context, s span) (*flight, error) {
-	n := s.end - s.off
-	if err := b.link.admit(ctx, n); err != nil {
-		return nil, err
-	}
+// startBackground starts a flight with the permission g for what of s is still
+// missing; nil without an error if nothing is.
+func (b *Blob) startBackground(s span, g *grant) (*flight, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.closed {
-		b.link.received(0, n)
-		return nil, errClosed
-	}
 	from, _ := b.chunksOf(s.off, 1)
-	if b.present.has(from) || b.flightAt(s.off) != nil {
-		b.link.received(0, n)
+	if b.closed || b.present.has(from) || b.flightAt(s.off) != nil {
+		g.release((*grant).cancel)
+		if b.closed {
+			return nil, errClosed
+		}
 		return nil, nil
 	}
 	end := s.end
@@ -282,8 +419,9 @@ func (b *Blob) startBackground(ctx context.Context, s span) (*flight, error) {
 			end = min(end, f.off)
 		}
 	}
-	b.link.received(0, s.end-end)
 	f := newFlight(b, s.off, end, Background)
+	f.grant = g
+	g.release(func(g *grant) { g.less(g.left - (end - s.off)) })
 	b.start(f)
 	return f, nil
 }

@@ -65,16 +65,6 @@ func (s bitset) next(from, to int64, want bool) int64 {
 	return to
 }
 
-// countBoth returns how many of [from, to) are in both sets.
-func (s bitset) countBoth(t bitset, from, to int64) (n int64) {
-	for from < to {
-		mask, next := wordMask(from, to)
-		n += int64(bits.OnesCount64(s[from>>6].Load() & t[from>>6].Load() & mask))
-		from = next
-	}
-	return n
-}
-
 func (s bitset) count() (n int64) {
 	for i := range s {
 		n += int64(bits.OnesCount64(s[i].Load()))

@@ -1,6 +1,10 @@
 package backstore
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+	"time"
+)
 
 // A Stack is the blobs of an image's layers, bottom first, nil for a layer that
 // is a file. Its methods do not need the layers to be open.
@@ -35,14 +39,15 @@ func (s Stack) Stats() Stats {
 	return st
 }
 
-// estimate is that of the first blob's host: one image, one registry.
-func (s Stack) estimate() Estimate {
+// link is that of the first blob: one image, one registry. It is nil where all
+// layers are files.
+func (s Stack) link() *link {
 	for _, b := range s {
 		if b != nil {
-			return b.link.estimate()
+			return b.link
 		}
 	}
-	return Estimate{}
+	return nil
 }
 
 func (s Stack) check(w Want) error {
@@ -61,15 +66,45 @@ type planned struct {
 	layer int
 }
 
-func (s Stack) setPlan(p Plan) {
-	for i, b := range s {
-		if b == nil {
-			continue
-		}
-		b.mu.Lock()
-		if b.planned = nil; p != nil {
-			b.planned = &planned{p, i}
-		}
-		b.mu.Unlock()
+// Has reports whether all of w is on this node; a local file always is.
+func (s Stack) Has(w Want) bool {
+	if s.check(w) != nil {
+		return false
 	}
+	b := s[w.Layer]
+	return b == nil || b.has(w.Off, w.Len)
+}
+
+// Watch makes p known to the reads of the blobs, which pull forward what it has
+// around them, until the function returned is called. [Stack.Prefetch] does
+// that by itself. Images that share a blob may have plans for it at the same
+// time.
+func (s Stack) Watch(p Plan) (forget func()) {
+	all := make([]*planned, len(s))
+	for i, b := range s {
+		if b != nil {
+			all[i] = &planned{p, i}
+			b.mu.Lock()
+			b.plans = append(b.plans, all[i])
+			b.mu.Unlock()
+		}
+	}
+	return func() {
+		for i, b := range s {
+			if b != nil {
+				b.mu.Lock()
+				b.plans = slices.DeleteFunc(b.plans, func(q *planned) bool { return q == all[i] })
+				b.mu.Unlock()
+			}
+		}
+	}
+}
+
+// recently is for how long a container that has waited for bytes is taken for
+// one that still does.
+const recently = 500 * time.Millisecond
+
+// waited reports whether a read has missed since then.
+func (s Stack) waited(since time.Time) bool {
+	return slices.ContainsFunc(s, func(b *Blob) bool { return b != nil && b.waited.Load() >= since.UnixNano() })
 }

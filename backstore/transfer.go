@@ -31,22 +31,19 @@ var errSilent = errors.New("no bytes for too long")
 // transfer brings a flight's bytes into the cache, with as many requests as it
 // takes.
 func (b *Blob) transfer(f *flight) error {
-	unread := int64(0) // admitted background bytes that are not paid back yet
-	if f.lane == Background {
-		unread = f.end - f.off
-	}
-	defer func() { b.link.received(0, unread) }()
 	for {
 		if err := b.enter(f); err != nil {
 			return err
 		}
 		begun := time.Now()
-		err := b.attempt(f, &unread)
+		err := b.attempt(f)
 		switch {
 		case err == nil:
 			return nil
 		case b.ctx.Err() != nil:
 			return errClosed
+		case f.ctx.Err() != nil:
+			return errAbandoned
 		case !retryable(err):
 			return err
 		}
@@ -56,26 +53,34 @@ func (b *Blob) transfer(f *flight) error {
 	}
 }
 
-// enter waits until the host is worth a request.
+// enter waits until the host is worth a request. Background fetches also wait
+// for what others of their kind have found out.
 func (b *Blob) enter(f *flight) error {
-	ctx := b.ctx
-	if f.lane == Background && !f.isWanted() {
+	ctx, l := f.ctx, b.link
+	if f.lane == Background {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, backgroundWait)
 		defer cancel()
 	}
-	err := b.link.outage.enter(ctx, f)
+	var err error
+	if f.lane == Background {
+		err = l.behind.enter(ctx, f)
+	}
+	if err == nil {
+		err = l.outage.enter(ctx, f)
+	}
 	switch {
 	case err == nil && !f.givenUp():
 		return nil
 	case b.ctx.Err() != nil:
 		return errClosed
+	case f.ctx.Err() != nil:
+		return errAbandoned
 	}
-	if err := f.lastError(); err != nil {
-		return err
-	}
-	if err := b.link.outage.lasting(); err != nil {
-		return err
+	for _, err := range []error{f.lastError(), l.outage.lasting(), l.behind.lasting()} {
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -94,25 +99,32 @@ func (f *flight) lastError() error {
 }
 
 // putUpWith notes a failure that may pass. It returns err where the flight is
-// given up for it.
+// given up for it. A background flight that somebody waits for is: he fetches
+// the rest himself, and at once.
 func (b *Blob) putUpWith(f *flight, begun time.Time, err error) error {
 	n := f.failed(begun, err)
-	away := b.link.outage.failed(f, begun, err)
-	if f.givenUp() {
+	o := &b.link.outage
+	if f.lane == Background && retryAfter(err) == 0 {
+		o = &b.link.behind // nothing that readers need to be held up for
+	}
+	away := o.failed(f, begun, err)
+	if f.givenUp() || f.lane == Background && f.isWanted() {
 		return err
 	}
+	f.grant.release((*grant).park)
 	if away {
 		return nil // enter waits
 	}
+	f.hold()
 	pause := jitter(min(firstPause<<min(n-1, 8), longestPause))
-	if sleep(b.ctx, max(pause, retryAfter(err))) != nil {
+	if sleep(f.ctx, max(pause, retryAfter(err))) != nil {
 		return errClosed
 	}
-	return nil
+	return f.proceed()
 }
 
 // attempt asks for what is missing of a flight and streams it into the cache.
-func (b *Blob) attempt(f *flight, unread *int64) error {
+func (b *Blob) attempt(f *flight) error {
 	if f.lane == Demand {
 		select {
 		case b.link.demand <- struct{}{}:
@@ -121,16 +133,16 @@ func (b *Blob) attempt(f *flight, unread *int64) error {
 			return errClosed
 		}
 	}
-	b.link.started(f.lane)
-	defer b.link.ended(f.lane)
+	f.asks(true)
+	defer f.asks(false)
 	t, err := b.ask(f)
 	if err != nil {
 		return err
 	}
 	defer t.cancel(nil)
 	defer t.body.Close()
-	s := stream{b: b, f: f, try: t, unread: unread}
-	return s.copy(b.ctx)
+	s := stream{b: b, f: f, try: t}
+	return s.copy(f.ctx)
 }
 
 // A try is one request.
@@ -139,6 +151,7 @@ type try struct {
 	cancel context.CancelCauseFunc
 	off    int64
 	begun  time.Time
+	alone  bool // nothing was coming from the host then
 	body   io.ReadCloser
 	err    error
 }
@@ -154,9 +167,13 @@ func (b *Blob) send(f *flight, answers chan<- *try) *try {
 	f.mu.Lock()
 	t := &try{off: f.pos, begun: time.Now()}
 	f.attempts++
-	lane := f.lane
+	lane, granted := f.lane, f.grant != nil && f.attempts == 1
 	f.mu.Unlock()
-	t.ctx, t.cancel = context.WithCancelCause(b.ctx)
+	if !granted {
+		b.link.requested()
+	}
+	t.alone = b.link.quiet()
+	t.ctx, t.cancel = context.WithCancelCause(f.ctx)
 	if lane == Background {
 		b.stats.backgroundRequests.Add(1)
 	} else {
@@ -235,7 +252,7 @@ func (b *Blob) ask(f *flight) (*try, error) {
 			}
 			a.send()
 			a.timer.Reset(longestPause)
-		case <-b.ctx.Done():
+		case <-f.ctx.Done():
 			return nil, errClosed
 		}
 	}
@@ -284,10 +301,9 @@ func (f *flight) patienceWithHost() time.Duration {
 
 // stream is the body of a request on its way to the cache.
 type stream struct {
-	b      *Blob
-	f      *flight
-	try    *try
-	unread *int64
+	b   *Blob
+	f   *flight
+	try *try
 }
 
 var quanta = sync.Pool{New: func() any { return new([quantum]byte) }}
@@ -298,9 +314,14 @@ func (s *stream) copy(ctx context.Context) error {
 	quiet := time.AfterFunc(time.Hour, func() { s.try.cancel(errSilent) })
 	quiet.Stop()
 	pos, kept := s.try.off, s.try.off // written, and of it readable
+	defer func() {
+		if pos > s.try.off {
+			s.b.link.ebbs()
+		}
+	}()
 	for pos < s.f.end {
-		if s.f.lane == Background && !s.f.isWanted() {
-			s.b.link.giveWay(ctx)
+		if !s.f.isWanted() {
+			s.b.link.giveWay(ctx, s.f.hurry)
 		}
 		// What is left of a chunk stays in the file: only whole chunks count.
 		quiet.Reset(s.f.patienceWithHost())
@@ -308,8 +329,9 @@ func (s *stream) copy(ctx context.Context) error {
 		quiet.Stop()
 		if n > 0 {
 			if pos == s.try.off {
-				s.b.link.firstByte(time.Since(s.try.begun))
+				s.b.link.flows(s.try.begun, s.try.alone)
 				s.b.link.outage.succeeded(s.try.begun)
+				s.b.link.behind.succeeded(s.try.begun)
 			}
 			if e := s.arrived(buf[:n], pos); e != nil {
 				return e
@@ -333,15 +355,12 @@ func (s *stream) copy(ctx context.Context) error {
 // arrived writes bytes into the cache file and accounts for them.
 func (s *stream) arrived(p []byte, pos int64) error {
 	n := int64(len(p))
-	back := int64(0)
 	if s.f.lane == Background {
-		back = min(n, *s.unread) // what comes twice was admitted once
-		*s.unread -= back
 		s.b.stats.backgroundBytes.Add(n)
 	} else {
 		s.b.stats.demandBytes.Add(n)
 	}
-	s.b.link.received(n, back)
+	s.b.link.received(n, s.f.grant, pos == s.try.off)
 	if s.f.aside != nil {
 		copy(s.f.aside[pos-s.f.off:], p)
 		return nil

@@ -127,16 +127,30 @@ var (
 	largeBuffers = sync.Pool{New: func() any { return &buffers{run: make([]byte, largeRun)} }}
 )
 
-// read fills p, which is not empty and lies inside the file.
-func (r *Reader) read(p []byte, off int64) (n int, err error) {
-	first := int(off >> r.shift)
-	end := int((off+int64(len(p))-1)>>r.shift) + 1
+// buffers gets what reading blocks [first, end) needs.
+func (r *Reader) buffers(first, end int) *buffers {
 	pool := &smallBuffers
 	if r.starts.at(end)-r.starts.at(first) > smallRun {
 		pool = &largeBuffers
 	}
-	buf := pool.Get().(*buffers)
-	defer pool.Put(buf)
+	return pool.Get().(*buffers)
+}
+
+// release gives the buffers back.
+func (b *buffers) release() {
+	if len(b.run) > smallRun {
+		largeBuffers.Put(b)
+		return
+	}
+	smallBuffers.Put(b)
+}
+
+// read fills p, which is not empty and lies inside the file.
+func (r *Reader) read(p []byte, off int64) (n int, err error) {
+	first := int(off >> r.shift)
+	end := int((off+int64(len(p))-1)>>r.shift) + 1
+	buf := r.buffers(first, end)
+	defer buf.release()
 	dec := newDecoder(&r.info)
 	defer dec.release()
 
@@ -144,7 +158,7 @@ func (r *Reader) read(p []byte, off int64) (n int, err error) {
 	for first < end && err == nil {
 		var m int
 		next := r.runEnd(first, end, int64(len(buf.run)))
-		m, err = r.readRun(p[n:], skip, first, next, buf, &dec)
+		m, err = r.readPart(p[n:], skip, first, next, buf, &dec)
 		n += m
 		first, skip = next, 0
 	}
@@ -165,32 +179,59 @@ func (r *Reader) runEnd(first, end int, room int64) int {
 	return next
 }
 
-// readRun reads blocks [first, end), which fit in buf, and decodes them to p,
-// leaving out skip bytes of the first.
-func (r *Reader) readRun(p []byte, skip, first, end int, buf *buffers, dec *decoder) (n int, err error) {
+// readRun reads blocks [first, end), which fit in buf, as they are in the blob.
+func (r *Reader) readRun(first, end int, buf *buffers) ([]byte, error) {
 	start := r.starts.at(first)
 	run := buf.run[:r.starts.at(end)-start]
-	if err := readFull(r.src, run, r.info.Base+start); err != nil {
+	return run, readFull(r.src, run, r.info.Base+start)
+}
+
+// inRun is block i of a run that begins with block first.
+func (r *Reader) inRun(run []byte, first, i int) []byte {
+	start := r.starts.at(first)
+	return run[r.starts.at(i)-start : r.starts.at(i+1)-start]
+}
+
+// readPart reads blocks [first, end), which fit in buf, and decodes them to p,
+// leaving out skip bytes of the first.
+func (r *Reader) readPart(p []byte, skip, first, end int, buf *buffers, dec *decoder) (n int, err error) {
+	run, err := r.readRun(first, end, buf)
+	if err != nil {
 		return 0, err
 	}
 	for i := first; i < end; i++ {
-		src := run[r.starts.at(i)-start : r.starts.at(i+1)-start]
-		want := r.info.blockLen(i)
-		dst := p[n:]
-		if skip == 0 && len(dst) >= want+dec.slack() {
-			if f := dec.decode(dst, want, src); f != nil {
-				return n, r.corruptBlock(i, f)
+		src, want := r.inRun(run, first, i), r.info.blockLen(i)
+		if skip == 0 && len(p)-n >= want {
+			if err := r.decodeBlock(p[n:], i, src, buf, dec); err != nil {
+				return n, err
 			}
 			n += want
 			continue
 		}
-		if f := dec.decode(buf.block[:], want, src); f != nil {
-			return n, r.corruptBlock(i, f)
+		if err := r.decodeBlock(buf.block[:], i, src, buf, dec); err != nil {
+			return n, err
 		}
-		n += copy(dst, buf.block[skip:want])
+		n += copy(p[n:], buf.block[skip:want])
 		skip = 0
 	}
 	return n, nil
+}
+
+// decodeBlock decodes block i, which src holds, to the start of p: by way of
+// buf where p has the room for it and no more.
+func (r *Reader) decodeBlock(p []byte, i int, src []byte, buf *buffers, dec *decoder) error {
+	want := r.info.blockLen(i)
+	dst := p
+	if len(p) < want+dec.slack() {
+		dst = buf.block[:]
+	}
+	if f := dec.decode(dst, want, src); f != nil {
+		return r.corruptBlock(i, f)
+	}
+	if len(p) < want+dec.slack() {
+		copy(p, dst[:want])
+	}
+	return nil
 }
 
 func (r *Reader) corruptBlock(i int, f *fault) error {

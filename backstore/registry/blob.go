@@ -147,6 +147,9 @@ func (s *stream) open() error {
 	q := newRequest(s.b.ref, http.MethodGet, "blobs", s.b.d.Digest.String())
 	q.lane, q.once = s.lane, s.once
 	q.stores = &s.b.stores
+	if s.lane == backstore.Background {
+		q.header.Set("Purpose", "prefetch") // as browsers say it
+	}
 	if s.off != 0 || s.end != s.b.d.Size {
 		q.header.Set("Range", fmt.Sprintf("bytes=%d-%d", s.off, s.end-1))
 	}

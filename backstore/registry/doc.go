@@ -25,6 +25,8 @@
 // stops the sender and one paused stream holds up no other. Where a registry
 // redirects a blob read to a blob store, the address is remembered, so that
 // further ranges of the blob cost one round trip; credentials never go there.
+// [Client.DialAhead] opens a lane's connections before there are requests for
+// them.
 //
 // # Concurrency
 //

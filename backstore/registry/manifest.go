@@ -57,7 +57,7 @@ func (c *Client) Resolve(ctx context.Context, ref string) (ocispec.Descriptor, e
 
 // Manifest reads the image that ref names, for the platform where ref names an
 // index; nil is the platform of this machine. Of a single-platform image it
-// costs one request, of an index two.
+// costs one request, of an index two, unless that carries the manifest inline.
 func (c *Client) Manifest(ctx context.Context, ref string, platform *ocispec.Platform) (Manifest, error) {
 	r, err := ParseReference(ref)
 	if err != nil {
@@ -84,13 +84,31 @@ func (c *Client) Manifest(ctx context.Context, ref string, platform *ocispec.Pla
 		if child, err = choose(r.WithDigest(d.Digest), raw, match, platform); err != nil {
 			return Manifest{}, err
 		}
-		if d, raw, err = c.manifest(ctx, r.WithDigest(child.Digest)); err != nil {
+		if d, raw, err = c.child(ctx, r, child); err != nil {
 			return Manifest{}, fmt.Errorf("index %s: %w", index.Digest, err)
 		}
 	}
 	m, err := decodeManifest(r, d, raw)
 	m.Index = index
 	return m, err
+}
+
+// child reads what an index names; of one that carries its data nobody is asked.
+func (c *Client) child(ctx context.Context, r Reference, d ocispec.Descriptor) (ocispec.Descriptor, []byte, error) {
+	if raw, ok := inline(d); ok {
+		if got, err := describe(http.Header{"Content-Type": {d.MediaType}}, raw, d.Digest); err == nil {
+			return got, raw, nil
+		}
+	}
+	return c.manifest(ctx, r.WithDigest(d.Digest))
+}
+
+// inline gives the data that a descriptor carries, if it is what it describes.
+func inline(d ocispec.Descriptor) ([]byte, bool) {
+	if len(d.Data) == 0 || int64(len(d.Data)) != d.Size || d.Digest.Algorithm().FromBytes(d.Data) != d.Digest {
+		return nil, false
+	}
+	return bytes.Clone(d.Data), true
 }
 
 // ManifestByTag reads the manifest under a tag in the repository of ref, with
@@ -275,8 +293,8 @@ func (c *Client) Get(ctx context.Context, ref string, d ocispec.Descriptor) ([]b
 	if d.Size > MaxObject {
 		return nil, fmt.Errorf("%s@%s: %d bytes are too many: the limit is %d", r.Name(), d.Digest, d.Size, MaxObject)
 	}
-	if int64(len(d.Data)) == d.Size && d.Digest.Algorithm().FromBytes(d.Data) == d.Digest {
-		return bytes.Clone(d.Data), nil
+	if p, ok := inline(d); ok {
+		return p, nil
 	}
 	var raw []byte
 	if isManifest(d) {

@@ -31,6 +31,23 @@ func (f *fixture) reset() {
 
 func (f *fixture) kinds() map[string]int { return f.link.Stats().ByKind }
 
+// An index may carry what it names. What it carries has to be that.
+func TestIndexWithData(t *testing.T) {
+	f := newFixture(t, Options{}, regtest.RegistryOptions{})
+	one := f.put(t, f.repo+":one", ocispec.MediaTypeImageManifest, image("one", nil))
+	for want, data := range map[int][]byte{1: mustJSON(t, image("one", nil)), 2: mustJSON(t, image("two", nil))} {
+		idx := emptyIndex()
+		idx.Manifests = []ocispec.Descriptor{one}
+		idx.Manifests[0].Data = data
+		f.put(t, f.repo+":latest", ocispec.MediaTypeImageIndex, idx)
+		f.reset()
+		m, err := f.Manifest(t.Context(), f.repo, nil)
+		require.NoError(t, err)
+		require.Equal(t, one.Digest, m.Descriptor.Digest)
+		require.EqualValues(t, want, f.link.Stats().Requests)
+	}
+}
+
 func TestManifestCostsFewRequests(t *testing.T) {
 	f := newFixture(t, Options{}, regtest.RegistryOptions{})
 	amd := f.put(t, f.repo+":one", ocispec.MediaTypeImageManifest, image("amd", nil))

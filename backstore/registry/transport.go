@@ -27,7 +27,8 @@ const (
 	// busy at one registry, so that none is thrown away between two bursts.
 	idlePerHost = 128
 
-	headerTimeout = 30 * time.Second
+	headerTimeout    = 30 * time.Second
+	handshakeTimeout = 10 * time.Second
 
 	// pingAfter is how long nothing is heard of an HTTP/2 connection before it
 	// is pinged, and pingTimeout how long an answer may take.
@@ -51,9 +52,14 @@ func withLane(ctx context.Context, l backstore.Lane) context.Context {
 // same TLS configuration.
 type lanes struct {
 	demand, background, upload *http.Transport
+	ahead                      ahead
 }
 
 func (t *lanes) RoundTrip(req *http.Request) (*http.Response, error) {
+	if who, ok := req.Context().Value(lanesKey{}).(**lanes); ok {
+		*who = t
+		return nil, errors.ErrUnsupported
+	}
 	l, _ := req.Context().Value(laneKey{}).(backstore.Lane)
 	switch l {
 	case backstore.Background:
@@ -68,6 +74,8 @@ func (t *lanes) CloseIdleConnections() {
 	t.demand.CloseIdleConnections()
 	t.background.CloseIdleConnections()
 	t.upload.CloseIdleConnections()
+	t.ahead.demand.close()
+	t.ahead.background.close()
 }
 
 // newLanes makes the lanes out of a transport that has its dialer and its TLS
@@ -81,6 +89,8 @@ func newLanes(base *http.Transport) *lanes {
 	base.ReadBufferSize = 64 << 10
 
 	t := &lanes{demand: base.Clone(), background: base.Clone(), upload: base.Clone()}
+	t.ahead.demand = newDialer(base.DialContext, nil)
+	t.demand.DialContext = t.ahead.demand.DialContext
 	t.demand.ForceAttemptHTTP2 = true
 	// One connection carries all requests: without pings a dead one would hold
 	// up new requests until TCP gives it up, a quarter of an hour later.
@@ -91,7 +101,9 @@ func newLanes(base *http.Transport) *lanes {
 	t.background.Protocols = only1
 	t.background.TLSNextProto = map[string]func(string, *tls.Conn) http.RoundTripper{}
 	t.background.ReadBufferSize = 4 << 10
-	t.background.DialContext = smallBuffers(base.DialContext)
+	t.ahead.background = newDialer(smallBuffers(base.DialContext), base.TLSClientConfig)
+	t.background.DialContext = t.ahead.background.DialContext
+	t.background.DialTLSContext = t.ahead.background.DialTLSContext
 
 	t.upload.ResponseHeaderTimeout = uploadHeaderTimeout
 	return t

@@ -10,10 +10,12 @@
 // # What a link models
 //
 // DELAY is one round trip. It is added once to every request, before the
-// request reaches the registry, and once more to the first request on a new
-// connection, for the TCP handshake. TLS handshakes, slow start, lost packets
-// and the upper part of the protocol stack are not modelled; a request that is
-// sent while another is under way does not wait for it.
+// request reaches the registry. A new connection carries nothing for one DELAY
+// from when it was opened, for the TCP handshake: so a request that opens one
+// costs two, and a request on one that was opened ahead of it, by DELAY or more,
+// costs one. TLS handshakes, slow start, lost packets and the upper part of the
+// protocol stack are not modelled; a request that is sent while another is under
+// way does not wait for it.
 //
 // RATE is payload, each way: the bodies of all responses share it, and the
 // bodies of all requests share as much again, as on a full-duplex link. Heads

@@ -57,7 +57,8 @@ func (l *Link) SetFault(f func(*http.Request) *Fault) {
 // conn is what a request knows of its connection.
 type conn struct {
 	net.Conn
-	used atomic.Bool
+	since time.Time // when it was accepted
+	used  atomic.Bool
 }
 
 type connKey struct{}
@@ -70,24 +71,37 @@ func (l *Link) ConnContext(ctx context.Context, c net.Conn) context.Context {
 		tcp.SetWriteBuffer(sockBuf)
 		tcp.SetReadBuffer(sockBuf)
 	}
-	return context.WithValue(ctx, connKey{}, &conn{Conn: c})
+	l.log.accepted()
+	return context.WithValue(ctx, connKey{}, &conn{Conn: c, since: time.Now()})
+}
+
+// arrival is when a request that is here now would have come over the link. The
+// first of a connection cannot be sent before the handshake's answer is back, a
+// round trip after the connection was asked for; one that was opened long enough
+// ahead costs nothing more. A TLS handshake, which [Server] does not have, would
+// cost another round trip.
+func (c *conn) arrival(now time.Time, delay time.Duration) (at time.Time, fresh bool) {
+	if c == nil || c.used.Swap(true) {
+		return now, false
+	}
+	if open := c.since.Add(delay); open.After(now) {
+		return open, true
+	}
+	return now, true
 }
 
 func (l *Link) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	c, _ := r.Context().Value(connKey{}).(*conn)
-	fresh := c != nil && !c.used.Swap(true)
-	e := l.log.begin(start, r, fresh)
+	arrived, fresh := c.arrival(start, l.spec.Delay)
+	e := l.log.begin(start, arrived, r, fresh)
 	resp := &response{
 		ResponseWriter: w,
 		link:           l,
 		conn:           c,
 		entry:          e,
 		fault:          l.choose(r),
-		s:              &sender{p: &l.down, ctx: r.Context(), due: start.Add(l.spec.Delay)},
-	}
-	if fresh {
-		resp.s.due = resp.s.due.Add(l.spec.Delay)
+		s:              &sender{p: &l.down, ctx: r.Context(), due: arrived.Add(l.spec.Delay)},
 	}
 	defer func() {
 		l.log.end(e, resp.status, resp.sent)

@@ -188,6 +188,31 @@ func TestLinkNewConnectionCostsARoundTrip(t *testing.T) {
 	})
 }
 
+// A handshake takes its round trip whether or not a request waits for its end.
+func TestLinkConnectionOpenedAhead(t *testing.T) {
+	const ms = time.Millisecond
+	for _, tt := range []struct{ ahead, first time.Duration }{{0, 20 * ms}, {4 * ms, 16 * ms}, {10 * ms, 10 * ms}, {time.Second, 10 * ms}} {
+		synctest.Test(t, func(t *testing.T) {
+			l := NewLink(LinkSpec{Delay: 10 * ms}, body(1))
+			ctx := l.ConnContext(t.Context(), nil)
+			time.Sleep(tt.ahead)
+			for _, want := range []time.Duration{tt.first, 10 * ms} {
+				start := time.Now()
+				l.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest("GET", "/", nil).WithContext(ctx))
+				require.Equal(t, want, time.Since(start))
+			}
+			log := l.Stats().Log
+			require.Equal(t, tt.first-10*ms, log[0].Waited)
+			require.Zero(t, log[1].Waited)
+		})
+	}
+	l := NewLink(LinkSpec{}, body(1))
+	l.ConnContext(t.Context(), nil)
+	s := l.Stats()
+	require.Zero(t, s.NewConns, "it has carried nothing yet")
+	require.EqualValues(t, 1, s.Conns)
+}
+
 func TestLinkLimitsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLink(LinkSpec{PerMinute: 3}, body(1))

@@ -20,9 +20,11 @@ type Request struct {
 	Query      string
 	Range      string // the header
 	Kind       string // manifest, tag, blob, referrers, push, ping or other
+	Prefetch   bool   // by its header Purpose
 	NewConn    bool
-	Status     int   // 0: none was sent
-	Bytes      int64 // of the response's body
+	Waited     time.Duration // of a new connection's: for the handshake
+	Status     int           // 0: none was sent
+	Bytes      int64         // of the response's body
 }
 
 // Stats are what went over a link since it was made or reset.
@@ -31,6 +33,7 @@ type Stats struct {
 	BytesSent     int64 // bodies of responses
 	BytesReceived int64 // bodies of requests
 	NewConns      int64 // connections that carried a request
+	Conns         int64 // connections opened, for whatever
 	ByKind        map[string]int
 	// SerialTime is the longest time without a break in which exactly one
 	// request was in flight; SerialTotal is all such time.
@@ -51,15 +54,23 @@ type log struct {
 	alone    time.Time // since when exactly one is in flight
 }
 
-func (l *log) begin(now time.Time, r *http.Request, fresh bool) *entry {
+func (l *log) accepted() {
+	l.mu.Lock()
+	l.stats.Conns++
+	l.mu.Unlock()
+}
+
+func (l *log) begin(now, arrived time.Time, r *http.Request, fresh bool) *entry {
 	e := &entry{Request: Request{
-		Start:   now,
-		Method:  r.Method,
-		Path:    r.URL.Path,
-		Query:   r.URL.RawQuery,
-		Range:   r.Header.Get("Range"),
-		Kind:    kind(r.Method, r.URL.Path),
-		NewConn: fresh,
+		Start:    now,
+		Method:   r.Method,
+		Path:     r.URL.Path,
+		Query:    r.URL.RawQuery,
+		Range:    r.Header.Get("Range"),
+		Kind:     kind(r.Method, r.URL.Path),
+		NewConn:  fresh,
+		Prefetch: r.Header.Get("Purpose") == "prefetch",
+		Waited:   arrived.Sub(now),
 	}}
 	l.mu.Lock()
 	defer l.mu.Unlock()
