@@ -3,6 +3,10 @@
 // the plan: it has the backstore bring those ranges onto the node ahead of
 // demand, watches whether that helps, and stops when it does not.
 //
+// A [Plan] is exact: whole compressed blocks, rounded to the chunks of the
+// cache. What is fetched in one request is decided when the link has room for
+// it, by what the link was measured to be by then.
+//
 // [Replay] drives one image and returns when it is done, so that its caller
 // decides what else runs beside it.
 package replayer
@@ -14,81 +18,85 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/tracefmt"
 )
 
+// Options are the settings of [NewPlan]. A zero field means its default.
+type Options struct {
+	// Gap in bytes joins neighbours whose distance is at most that, whatever
+	// the link. Negative: only ranges that touch. By default a gap is worth
+	// what another request would cost, see [Plan.Next].
+	Gap int64
+	// Horizon in bytes is how far ahead in the plan a range may be pulled to
+	// be joined with an earlier one, whatever the link. By default that is
+	// weighed against the cost of a request too.
+	Horizon int64
+	// Requests is how many the replay should get by with, as far as
+	// accuracy allows: [DefaultRequests] by default, any number if negative.
+	Requests int
+	// Chunk is the cache's chunk size in bytes, to which ranges are rounded:
+	// [backstore.DefaultChunkSize] by default.
+	Chunk int64
+}
+
+func (o *Options) fill() Options {
+	var f Options
+	if o != nil {
+		f = *o
+	}
+	f.Requests = cmp.Or(f.Requests, DefaultRequests)
+	f.Chunk = max(1, cmp.Or(f.Chunk, backstore.DefaultChunkSize))
+	return f
+}
+
 const (
-	// DefaultGap is how many bytes that a trace does not ask for are fetched
-	// rather than sending another request. The demo's trace until ready, one
-	// run each (what had not arrived by then is not in it):
-	//
-	//	gap      requests   bytes      of them read
-	//	0        254        18.6 MiB   100 %
-	//	16 KiB   159        20.3 MiB   99.1 %
-	//	32 KiB   133        20.3 MiB   96.6 %
-	//	64 KiB   117        19.6 MiB   93.5 %
-	//	128 KiB   97        23.0 MiB   87.1 %
-	//	256 KiB   94        25.3 MiB   77.8 %
-	DefaultGap = 64 << 10
-	// DefaultHorizon bounds how far ahead, in bytes of the plan, a range may
-	// be pulled to be joined with an earlier one.
-	DefaultHorizon = 8 << 20
+	// maxAtom bounds a range of a plan in bytes. Longer ones are joined of several.
+	maxAtom = 256 << 10
+	// maxPlan bounds the bytes of a plan. What a trace asks for beyond is left
+	// to demand.
+	maxPlan = 16 << 30
 )
 
-// Options are the settings of [NewPlan].
-type Options struct {
-	// Gap in bytes joins neighbours whose distance is at most that. 0 means
-	// [DefaultGap], negative none but ranges that touch.
-	Gap int64
-	// Horizon in bytes, 0 means [DefaultHorizon].
-	Horizon int64
-}
-
-// An Image is what a plan has to know of an open image; [*backstore.Image] is
-// one.
-type Image interface {
-	Layers() []backstore.LayerInfo
-	BlobRange(layer int, off, n int64) (blobOff, blobLen int64)
-}
-
 // A Plan is what a replay fetches, first demand first. It is a
-// [backstore.Plan], to be used once.
+// [backstore.Plan], to be used once. Its methods are safe for concurrent use.
 type Plan struct {
-	Wants []backstore.Want
-	Need  int64 // bytes of blobs that the trace asks for
-	Bytes int64 // with the gaps that are fetched along
+	Wants []backstore.Want // exactly what the trace asks for, in order of first demand
+	Need  int64            // bytes of blobs that the trace asks for, in whole blocks
+	Bytes int64            // of Wants: rounded to chunks
 
 	TraceBytes int64 // bytes of layer space that the trace touches
 	Matched    int64 // of these, in layers that the image has
 	Missing    int   // layers of the trace that the image does not have
+	Dropped    int   // events whose recorded place is not in their blob
 
-	mu   sync.Mutex // guards next
-	next int        // of Wants
+	o    Options
+	gaps []int64 // between neighbours that do not touch, ascending
+	runs int     // of neighbours that touch
+	cap  int64   // the largest gap that accuracy allows
+
+	mu      sync.Mutex // guards the fields below
+	layers  [][]*atom  // of each layer, by offset, not overlapping
+	atoms   []atom     // in the order of Wants
+	next    int        // atoms before it were taken
+	left    int64      // bytes of atoms that were not taken
+	given   int64      // bytes that Next has given out
+	pieces  int        // that Next has given out
+	seen    meeting    // of demand with the plan
+	held    bool       // Next gives out nothing
+	broke   bool       // it has given out nothing for that
+	skipped int64      // bytes of atoms that were left to demand, which had passed them
 }
 
-// Next returns the next of the plan's ranges.
-func (p *Plan) Next(backstore.Estimate) (backstore.Want, bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.next == len(p.Wants) {
-		return backstore.Want{}, false
-	}
-	p.next++
-	return p.Wants[p.next-1], true
-}
-
-// Around extends a demand miss to the end of the range of the plan that it is
-// in.
-func (p *Plan) Around(w backstore.Want, _ backstore.Estimate) backstore.Want {
-	for _, q := range p.Wants {
-		if q.Layer == w.Layer && q.Off <= w.Off && w.Off < q.Off+q.Len {
-			w.Len = max(w.Len, q.Off+q.Len-w.Off)
-		}
-	}
-	return w
+// An atom is a range of the plan, the least that is taken at once.
+type atom struct {
+	off, end int64
+	cut      bool  // demand has taken what was behind end
+	before   int64 // bytes of the plan before it
+	layer    int32
+	at       int32 // in its layer
+	turn     int32 // in the plan
+	piece    int32 // that it was taken with, from 1; 0 while it is to be fetched
 }
 
 // Coverage is the share of the trace that applies to the image.
@@ -102,159 +110,127 @@ func (p *Plan) Coverage() float64 {
 // ErrNoMatch is a trace that has nothing in common with the image.
 var ErrNoMatch = errors.New("the trace shares no layer with the image")
 
-// NewPlan plans the replay of t on im. Events beyond the image's layers are
-// left out and counted.
+// NewPlan plans the replay of t on im, which is an open image or one made by
+// [Unopened]. Events beyond the image's layers are left out and counted. With
+// an unopened image and a trace that does not say where its bytes are in the
+// blobs the error is [ErrNotLocated].
 func NewPlan(t *tracefmt.Trace, im Image, o *Options) (*Plan, error) {
 	if t.Space == tracefmt.DeviceSpace {
 		return nil, errors.New("plan: the trace is in device space, and has to be mapped to layers first")
 	}
-	var opts Options
-	if o != nil {
-		opts = *o
+	p := &Plan{o: o.fill()}
+	if err := p.addTrace(t, im); err != nil {
+		return nil, fmt.Errorf("plan: %w", err)
 	}
-	opts.Gap = max(0, cmp.Or(opts.Gap, DefaultGap))
-	opts.Horizon = cmp.Or(opts.Horizon, DefaultHorizon)
-	layers := im.Layers()
-	place, missing := match(t, layers)
-	p := &Plan{Missing: missing}
-	b := builder{o: opts, layers: make([][]*piece, len(layers))}
-	var seen tracefmt.Touched
-	for _, e := range t.FirstTouch() {
-		p.TraceBytes += e.Len
-		i := place(e.Layer)
-		if i < 0 || e.Off >= layers[i].Decoded {
-			continue
-		}
-		n := min(e.Len, layers[i].Decoded-e.Off)
-		p.Matched += n
-		off, n := im.BlobRange(i, e.Off, n)
-		for _, part := range seen.Add(nil, tracefmt.Event{Layer: i, Off: off, Len: n}) {
-			p.Need += part.Len
-			b.add(i, part.Off, part.Off+part.Len)
-		}
-	}
-	if p.Matched == 0 && p.TraceBytes > 0 {
-		return nil, fmt.Errorf("plan: %w", ErrNoMatch)
-	}
-	p.Wants, p.Bytes = b.wants()
+	p.index(len(im.Layers()))
 	return p, nil
 }
 
-// match maps the trace's layer numbers to the image's: by digest, or by
-// position where the trace does not know digests.
-func match(t *tracefmt.Trace, layers []backstore.LayerInfo) (place func(int) int, missing int) {
-	byDigest := map[digest.Digest]int{}
-	for i, l := range layers {
-		if l.Digest != "" {
-			byDigest[l.Digest] = i
+func (p *Plan) addTrace(t *tracefmt.Trace, im Image) error {
+	layers := im.Layers()
+	var place func(int) int
+	place, p.Missing = match(t, layers)
+	events := t.FirstTouch()
+	p.atoms = make([]atom, 0, len(events))
+	var exact, rounded tracefmt.Touched
+	var parts []tracefmt.Event
+	for _, e := range events {
+		p.TraceBytes += e.Len
+		i := place(e.Layer)
+		if i < 0 {
+			continue
+		}
+		off, n, err := locate(im, layers[i], i, e)
+		if err != nil {
+			return err
+		}
+		if n == 0 || n > maxPlan-p.Bytes {
+			p.Dropped++
+			continue
+		}
+		p.Matched += inLayer(layers[i], e)
+		parts = exact.Add(parts[:0], tracefmt.Event{Layer: i, Off: off, Len: n})
+		for _, part := range parts {
+			p.Need += part.Len
+		}
+		off, n = round(off, n, p.o.Chunk, layers[i].Size)
+		parts = rounded.Add(parts[:0], tracefmt.Event{Layer: i, Off: off, Len: n})
+		for _, part := range parts {
+			p.add(i, part.Off, part.Off+part.Len)
 		}
 	}
-	to := make([]int, len(t.Layers))
-	for i, l := range t.Layers {
-		to[i] = -1
-		if j, ok := byDigest[l.Digest]; ok && l.Digest != "" {
-			to[i] = j
-		} else if l.Digest == "" && i < len(layers) && (l.Decoded == 0 || l.Decoded == layers[i].Decoded) {
-			to[i] = i
-		}
-		if to[i] < 0 {
-			missing++
-		}
+	switch {
+	case p.Matched > 0 || p.TraceBytes == 0:
+		return nil
+	case p.Missing < len(t.Layers) && p.Dropped > 0:
+		return errors.New("the trace's ranges are not in the image's layers")
 	}
-	return func(i int) int {
-		switch {
-		case i < len(to):
-			return to[i]
-		case len(to) == 0 && i < len(layers):
-			return i
-		}
-		return -1
-	}, missing
+	return ErrNoMatch
 }
 
-// piece is a range of the plan while it is made.
-type piece struct {
-	layer    int
-	off, end int64
-	turn     int   // order of first demand
-	before   int64 // bytes of the plan before it was begun
+// inLayer is how many bytes of an event are in its layer.
+func inLayer(l backstore.LayerInfo, e tracefmt.Event) int64 {
+	if l.Decoded == 0 {
+		return e.Len
+	}
+	return min(e.Len, l.Decoded-e.Off)
 }
 
-// builder joins ranges that come in order of demand.
-type builder struct {
-	o      Options
-	layers [][]*piece // of each layer, by offset, not overlapping
-	turns  int
-	bytes  int64
+// round extends a range to whole chunks, within size.
+func round(off, n, chunk, size int64) (int64, int64) {
+	begin, end := off-off%chunk, off+n
+	if over := end % chunk; over > 0 {
+		end += min(chunk-over, size-end)
+	}
+	return begin, end - begin
 }
 
 // add takes the range [off, end), which overlaps none before it.
-func (b *builder) add(layer int, off, end int64) {
-	ps := b.layers[layer]
-	at, _ := slices.BinarySearchFunc(ps, off, func(p *piece, off int64) int { return cmp.Compare(p.off, off) })
-	if at < len(ps) && off < ps[at].off && end > ps[at].off {
-		end = ps[at].off // gaps that were joined are covered already
+func (p *Plan) add(layer int, off, end int64) {
+	p.Bytes += end - off
+	if n := len(p.atoms); n > 0 { // a reader that goes on forward
+		a := &p.atoms[n-1]
+		if int(a.layer) == layer && a.end == off {
+			grown := min(end, a.off+maxAtom)
+			a.end, off = max(a.end, grown), max(off, grown)
+		}
 	}
-	if at > 0 && off < ps[at-1].end {
-		off = ps[at-1].end
+	for off < end {
+		stop := min(end, off+maxAtom)
+		p.atoms = append(p.atoms, atom{layer: int32(layer), off: off, end: stop})
+		off = stop
 	}
-	if off >= end {
-		return
-	}
-	if at > 0 && b.joins(ps[at-1], off-ps[at-1].end) {
-		p := ps[at-1]
-		b.bytes += end - p.end
-		p.end = end
-		b.joinNext(layer, at-1)
-		return
-	}
-	if at < len(ps) && b.joins(ps[at], ps[at].off-end) {
-		b.bytes += ps[at].off - off
-		ps[at].off = off
-		return
-	}
-	b.layers[layer] = slices.Insert(ps, at, &piece{layer: layer, off: off, end: end, turn: b.turns, before: b.bytes})
-	b.turns++
-	b.bytes += end - off
 }
 
-// joins tells whether a range that is demanded now may be fetched with p, gap
-// bytes away.
-func (b *builder) joins(p *piece, gap int64) bool {
-	return gap <= b.o.Gap && b.bytes-p.before <= b.o.Horizon
-}
-
-// joinNext joins the piece at i with its successor where they have come near.
-func (b *builder) joinNext(layer, i int) {
-	ps := b.layers[layer]
-	if i+1 == len(ps) {
-		return
+// index makes what Next and Around look things up in.
+func (p *Plan) index(layers int) {
+	p.Wants = make([]backstore.Want, len(p.atoms))
+	p.layers = make([][]*atom, layers)
+	counts := make([]int, layers)
+	for i := range p.atoms {
+		counts[p.atoms[i].layer]++
 	}
-	p, q := ps[i], ps[i+1]
-	first, second := p, q
-	if q.turn < p.turn {
-		first, second = q, p
+	for i, n := range counts {
+		p.layers[i] = make([]*atom, 0, n)
 	}
-	gap := q.off - p.end
-	if gap > b.o.Gap || second.before-first.before > b.o.Horizon {
-		return
+	for i := range p.atoms {
+		a := &p.atoms[i]
+		a.turn, a.before = int32(i), p.left
+		p.left += a.end - a.off
+		p.Wants[i] = backstore.Want{Layer: int(a.layer), Off: a.off, Len: a.end - a.off}
+		p.layers[a.layer] = append(p.layers[a.layer], a)
 	}
-	b.bytes += gap
-	p.end, p.turn, p.before = q.end, first.turn, first.before
-	b.layers[layer] = slices.Delete(ps, i+1, i+2)
-}
-
-func (b *builder) wants() ([]backstore.Want, int64) {
-	var all []*piece
-	for _, ps := range b.layers {
-		all = append(all, ps...)
+	for _, l := range p.layers {
+		slices.SortFunc(l, func(a, b *atom) int { return cmp.Compare(a.off, b.off) })
+		for i, a := range l {
+			a.at = int32(i)
+			if i > 0 && a.off > l[i-1].end {
+				p.gaps = append(p.gaps, a.off-l[i-1].end)
+			}
+		}
+		p.runs += min(len(l), 1)
 	}
-	slices.SortFunc(all, func(p, q *piece) int { return cmp.Compare(p.turn, q.turn) })
-	wants := make([]backstore.Want, len(all))
-	var n int64
-	for i, p := range all {
-		wants[i] = backstore.Want{Layer: p.layer, Off: p.off, Len: p.end - p.off}
-		n += p.end - p.off
-	}
-	return wants, n
+	p.runs += len(p.gaps)
+	slices.Sort(p.gaps)
+	p.cap = affordable(p.gaps, p.Need, p.Bytes)
 }

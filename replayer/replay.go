@@ -21,79 +21,166 @@ type Result struct {
 	Sent    int           `json:"requests"`         // sent
 	Failed  int           `json:"failed_requests"`  // left to demand
 	Matched float64       `json:"matched_coverage"` // share of the trace that applies to the image
+
+	Outside   int64 `json:"outside_bytes"`   // that demand fetched and the trace does not have
+	Overtaken int64 `json:"overtaken_bytes"` // of the trace, that demand fetched before the replay
+	Skipped   int64 `json:"skipped_bytes"`   // of the trace, left to demand because it had passed them
+	Held      int   `json:"held"`            // times that it waited for demand to meet the trace again
 }
 
-// When a replay is looked at, and what makes it a wrong one: after it has
-// brought judgeBytes, and demand has fetched judgeMisses times by itself, less
-// than judgeShare of it has been read.
-const (
-	judgeEvery  = 100 * time.Millisecond
-	judgeBytes  = 4 << 20
-	judgeMisses = 24
-	judgeShare  = 0.05
-)
+// Complete is the reason of a replay that came to its end.
+const Complete = "replayed"
 
-var errWrong = errors.New("stopped: demand reads other parts than the trace says; it is of another workload, record again")
+// judgeEvery is how often a replay is looked at.
+const judgeEvery = 20 * time.Millisecond
+
+// errStopped is the cause of a replay that its judge ended.
+type errStopped struct{ why string }
+
+func (e errStopped) Error() string { return e.why }
 
 // Replay brings what the plan wants onto the node, in order and behind demand.
 // It returns when everything is there or has failed, when it turns out not to
 // help, or when ctx ends. It never returns an error: a replay that fails
 // leaves a lazy start, and Result says why.
+//
+// While demand reads other parts than the plan has, nothing is fetched; it goes
+// on when demand meets the plan again, and ends when it does not.
 func Replay(ctx context.Context, blobs backstore.Stack, p *Plan) Result {
 	start := time.Now()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
+	r := replay{p: p, blobs: blobs, first: blobs.Stats(), stop: stop, resumed: make(chan struct{}, 1)}
+	got := backstore.PrefetchResult{Here: p.drop(blobs.Has)}
+	var err error
+	if !p.empty() {
+		err = r.run(ctx, &got)
+	}
+	result := Result{
+		Used: got.Bytes+got.Here > 0, Took: time.Since(start),
+		Wants: len(p.Wants), Need: p.Need, Asked: got.Bytes, Here: got.Here,
+		Sent: got.Requests, Failed: got.Failed, Matched: p.Coverage(), Held: r.held,
+	}
+	result.Reason = reason(ctx, err, got)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	result.Outside, result.Overtaken, result.Skipped = p.seen.OutBytes, p.seen.InBytes, p.skipped
+	return result
+}
+
+func (p *Plan) empty() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.left == 0
+}
+
+func (p *Plan) isHeld() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.held
+}
+
+// replay is a running [Replay].
+type replay struct {
+	p       *Plan
+	blobs   backstore.Stack
+	first   backstore.Stats // when it began
+	stop    context.CancelCauseFunc
+	resumed chan struct{} // told when the plan is not held any more
+	held    int           // of the judge, until it has ended
+}
+
+// run prefetches, as often as it was held and goes on, beside its judge.
+func (r *replay) run(ctx context.Context, got *backstore.PrefetchResult) (first error) {
 	done := make(chan struct{})
 	judged := make(chan struct{})
 	go func() {
 		defer close(judged)
-		judge(blobs, done, stop)
+		r.judge(done)
 	}()
-	got, err := blobs.Prefetch(ctx, p, nil)
-	close(done)
-	<-judged
-	r := Result{
-		Used: got.Bytes+got.Here > 0, Took: time.Since(start),
-		Wants: len(p.Wants), Need: p.Need, Asked: got.Bytes, Here: got.Here,
-		Sent: got.Requests, Failed: got.Failed, Matched: p.Coverage(),
+	defer func() {
+		close(done)
+		<-judged
+	}()
+	for {
+		part, err := r.blobs.Prefetch(ctx, r.p, nil)
+		got.Requests += part.Requests
+		got.Bytes += part.Bytes
+		got.Here += part.Here
+		got.Failed += part.Failed
+		if first == nil {
+			first = err
+		}
+		if ctx.Err() != nil || !r.p.wasHeld() {
+			return first
+		}
+		forget := r.blobs.Watch(r.p)
+		for ctx.Err() == nil && r.p.isHeld() {
+			select {
+			case <-r.resumed:
+			case <-ctx.Done():
+			}
+		}
+		forget()
 	}
-	r.Reason = reason(ctx, err, got)
-	return r
 }
 
-func reason(ctx context.Context, err error, got backstore.PrefetchResult) string {
-	switch cause := context.Cause(ctx); {
-	case errors.Is(cause, errWrong):
-		return cause.Error()
-	case cause != nil:
-		return "stopped: the container ended first"
-	case err != nil:
-		return fmt.Sprintf("%d requests failed and were left to demand, the first: %v", max(got.Failed, 1), err)
-	}
-	return "replayed"
-}
-
-// judge stops a replay that is of no use.
-func judge(blobs backstore.Stack, done <-chan struct{}, stop context.CancelCauseFunc) {
+// judge looks at the replay until it is done, and ends it if it is of no use.
+func (r *replay) judge(done <-chan struct{}) {
 	t := time.NewTicker(judgeEvery)
 	defer t.Stop()
-	first := blobs.Stats()
+	var j judge
+	last := goOn
 	for {
 		select {
 		case <-done:
 			return
 		case <-t.C:
 		}
-		if useless(first, blobs.Stats()) {
-			stop(errWrong)
+		now := r.blobs.Stats()
+		v := r.p.judge(&j, now.Used-r.first.Used, now.BackgroundBytes-r.first.BackgroundBytes)
+		switch {
+		case v == endWrong || v == endLate:
+			r.stop(errStopped{r.p.why(v)})
 			return
+		case v == hold && last != hold:
+			r.held++
+		case v != hold && last == hold:
+			select {
+			case r.resumed <- struct{}{}:
+			default: // it was told before
+			}
 		}
+		last = v
 	}
 }
 
-func useless(first, now backstore.Stats) bool {
-	brought := now.BackgroundBytes - first.BackgroundBytes
-	misses := now.DemandRequests - first.DemandRequests
-	used := now.Used - first.Used
-	return brought >= judgeBytes && misses >= judgeMisses && float64(used) < judgeShare*float64(brought)
+func (p *Plan) why(v verdict) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.seen.why(v, p.skipped+p.passed(false), p.Bytes)
+}
+
+// wasHeld tells, once, whether Next has given out nothing because it was held.
+func (p *Plan) wasHeld() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	broke := p.broke
+	p.broke = false
+	return broke
+}
+
+func reason(ctx context.Context, err error, got backstore.PrefetchResult) string {
+	var stopped errStopped
+	switch cause := context.Cause(ctx); {
+	case errors.As(cause, &stopped):
+		return stopped.why
+	case cause != nil:
+		return "stopped: the container ended first"
+	case errors.Is(err, backstore.ErrStopped):
+		return err.Error()
+	case err != nil:
+		return fmt.Sprintf("%d requests failed and were left to demand, the first: %v", max(got.Failed, 1), err)
+	}
+	return Complete
 }
