@@ -19,7 +19,10 @@ import (
 )
 
 func newDaemon() *cobra.Command {
-	var f nodeFlags
+	var (
+		f       nodeFlags
+		metrics string
+	)
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Serve images for mount and run, across kills and upgrades",
@@ -30,6 +33,11 @@ Its devices live on when it is killed, crashes or is upgraded, if it has a
 service manager that keeps their descriptors: systemd ('reprise daemon unit'
 prints a unit), or 'reprise supervise -- reprise daemon'. The next process adopts
 them; who reads only waits for some milliseconds.
+
+Its figures are at http://ADDR/metrics, for Prometheus, with --metrics ADDR, and
+always at /metrics on the socket. Whoever reaches ADDR can read them: the names of
+images and registries are among them, so let it be a loopback address, such as
+127.0.0.1:9464.
 
 SIGTERM, SIGINT:
   under systemd     It ends at once. Devices in use stay with systemd, and wait for
@@ -54,10 +62,11 @@ SIGTERM, SIGINT:
 			if err := becomeFlusher(); err != nil {
 				return err
 			}
-			return f.runDaemon(cmd)
+			return f.runDaemon(cmd, metrics)
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().StringVar(&metrics, "metrics", "", "address for Prometheus, HOST:PORT (default: none but the socket)")
 	cmd.AddCommand(newUpgrade(), newUnit())
 	return cmd
 }
@@ -71,7 +80,7 @@ type daemon struct {
 }
 
 // runDaemon serves until it is told to end.
-func (f *nodeFlags) runDaemon(cmd *cobra.Command) error {
+func (f *nodeFlags) runDaemon(cmd *cobra.Command, metrics string) error {
 	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
 	store, err := device.OpenStore()
 	if err != nil {
@@ -95,12 +104,14 @@ func (f *nodeFlags) runDaemon(cmd *cobra.Command) error {
 	if err := d.Adopt(cmd.Context()); err != nil {
 		log.Warn("adopt", "err", err)
 	}
+	defer serveMetrics(metrics, d.MetricsHandler(), log)()
 	if err := store.Ready(); err != nil {
 		log.Warn("the service manager cannot be told", "err", err)
 	}
 	log.Info("the daemon serves", "socket", o.Socket, "devices", len(d.List()), "kept", store.Kept())
 	err = d.serve(cmd.Context(), l)
 	if d.left(cmd.Context()) {
+		d.WriteFigures()
 		return err // the next process has the devices, the cache's files are in order
 	}
 	return errors.Join(err, d.Close(), n.Close(), os.Remove(o.Socket))

@@ -109,7 +109,9 @@ func TestDaemon(t *testing.T) {
 	eventually(t, "what nothing uses is unmounted", func() bool { return len(b.mounts()) == 1 })
 	require.NoError(t, readThrough(ro+"/data/big", randomBytes(3, 3_000_000)))
 	require.NoError(t, f.Close())
-	b.ok("umount", ro)
+	if r := b.run("umount", ro); r.code != 0 { // the daemon was faster
+		require.Contains(t, r.stderr, "no image of this state directory is mounted there")
+	}
 	require.NoError(t, supervisor.Wait(), said())
 	b.settled()
 }

@@ -141,7 +141,7 @@ func (f *traceFlags) add(cmd *cobra.Command) {
 	fs.StringVar(&f.trace, "trace", "auto", "trace to replay: auto (beside the image), none, a file, or sha256:…")
 	f.addWorkload(cmd)
 	fs.BoolVar(&f.explain, "explain", false, "say why a trace was used or not, and what it gave")
-	fs.Int64Var(&f.gap, "gap", replayer.DefaultGap, "bytes fetched along rather than sending another request; negative for none")
+	fs.Int64Var(&f.gap, "gap", 0, "bytes fetched along rather than sending another request; 0 for what the link makes them worth, negative for none")
 }
 
 func (f *traceFlags) addWorkload(cmd *cobra.Command) {

@@ -70,6 +70,7 @@ var heavy = map[string][]string{
 	"github.com/mdlayher/netlink":                      {"backstore/device"},
 	"oras.land/oras-go/v2":                             {"tracefmt/artifact"},
 	"oras.land/oras-go/v2/registry/remote/credentials": {"backstore/registry"},
+	"github.com/prometheus/client_golang":              {"replayer/node"},
 	"github.com/spf13/cobra":                           {"cmd/reprise"},
 	"github.com/spf13/pflag":                           {"cmd/reprise"},
 	"github.com/vbauerster/mpb":                        {"cmd/reprise"},

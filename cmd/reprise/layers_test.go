@@ -73,7 +73,7 @@ func program(seed uint64, n int) []byte {
 func TestManyLayers(t *testing.T) {
 	skipWithoutRunc(t)
 	t.Parallel()
-	const n, most, manyLink = 44, 60, "10ms,200mbit"
+	const n, most, manyLink = 44, 64, "10ms,200mbit"
 	b := newBench(t)
 	layers, config := manyLayers(t, n)
 	writeLayout(t, b.path("source"), layers, config)

@@ -91,7 +91,7 @@ func newRoot() *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		newConvert(), newMount(), newUmount(), newRun(), newRecord(), newAttach(),
-		newTrace(), newImage(), newBlob(), newDemo(), newSupervise(), newDoctor(), newVersion(),
+		newTrace(), newImage(), newBlob(), newDemo(), newSimulate(), newSupervise(), newDoctor(), newVersion(),
 		newDaemon(), newServe(), newKeep(),
 	)
 	return root

@@ -112,7 +112,7 @@ func (f *mountFlags) attach(cmd *cobra.Command, s node.Devices, r *node.Request)
 		if st, err = s.Status(cmd.Context(), st.ID, true); err != nil {
 			return err
 		}
-		fmt.Fprintf(cmd.ErrOrStderr(), "trace:    %s\n", st.Trace)
+		explainTrace(cmd.ErrOrStderr(), st.Explain)
 	}
 	return nil
 }

@@ -56,12 +56,27 @@ func newRun() *cobra.Command {
 			if reportFD > 0 {
 				reports = os.NewFile(uintptr(reportFD), "report")
 				defer reports.Close()
-				o.Ready = func(r *node.Report) { _ = json.NewEncoder(reports).Encode(r) }
+			}
+			said := "" // of the trace, when the container was ready
+			o.Ready = func(r *node.Report) {
+				if reports != nil {
+					_ = json.NewEncoder(reports).Encode(r)
+				}
+				if tf.explain {
+					said = r.Explain
+					explainTrace(cmd.ErrOrStderr(), said)
+				}
 			}
 			report, err := node.Run(cmd.Context(), s, ref, o)
 			err = errors.Join(err, closeServer())
 			if tf.explain && report.Layers > 0 {
+				if report.Explain != said {
+					explainTrace(cmd.ErrOrStderr(), report.Explain)
+				}
 				explain(cmd.ErrOrStderr(), report)
+			}
+			if tf.explain && report.Layers > 0 || fetched(report) {
+				figures(cmd.ErrOrStderr(), report)
 			}
 			return ended(cmd, report, err)
 		},
@@ -90,31 +105,18 @@ func ended(cmd *cobra.Command, r *node.Report, err error) error {
 	return nil
 }
 
+// explainTrace says in a line why a trace was used or not.
+func explainTrace(w io.Writer, why string) { fmt.Fprintf(w, "trace:    %s\n", why) }
+
 // explain says in a few lines what the trace did for a start.
 func explain(w io.Writer, r *node.Report) {
-	fmt.Fprintf(w, "trace:    %s\nreplay:   %s\n", r.Trace, r.Replay.Reason)
+	fmt.Fprintf(w, "replay:   %s\n", r.Replay.Reason)
 	if r.Replay.Used {
 		fmt.Fprintf(w, "fetched:  %s in %d requests for %d ranges, %s was here, took %v\n",
 			size(r.Replay.Asked), r.Replay.Sent, r.Replay.Wants, size(r.Replay.Here), r.Replay.Took.Round(time.Millisecond))
 	}
-	for _, s := range []struct {
-		name string
-		at   node.Snapshot
-		ok   bool
-	}{{"at ready", r.Start, r.Ready}, {"at end", r.End, true}} {
-		if !s.ok {
-			continue
-		}
-		fmt.Fprintf(w, "%-9s %d requests, %s; waited %v for bytes", s.name+":",
-			s.at.Stats.DemandRequests+s.at.Stats.BackgroundRequests, size(s.at.Stats.DemandBytes+s.at.Stats.BackgroundBytes),
-			s.at.Stats.Stall.Round(time.Millisecond))
-		if r.Replay.Used {
-			fmt.Fprintf(w, "; %.1f %% of demand served by prefetch; %.1f %% of prefetched bytes read", 100*s.at.Coverage, 100*s.at.Accuracy)
-		}
-		fmt.Fprintln(w)
-	}
 	if r.Restarts > 0 {
-		fmt.Fprintf(w, "restarts: %d of the image's server; figures are since the last\n", r.Restarts)
+		fmt.Fprintf(w, "restarts: %d of the image's server; figures lack the last seconds before each\n", r.Restarts)
 	}
 	fmt.Fprint(w, "steps:   ")
 	for _, p := range r.Phases {

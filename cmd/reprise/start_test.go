@@ -120,6 +120,17 @@ func TestMountUpper(t *testing.T) {
 	b.ok("image", "verify", config)
 }
 
+// withoutFigures leaves out what run says of the bytes that it had to fetch.
+func withoutFigures(stderr string) string {
+	var b strings.Builder
+	for line := range strings.Lines(stderr) {
+		if !strings.HasPrefix(line, "reprise: ready after ") && !strings.HasPrefix(line, "reprise: at the end: ") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
+}
+
 // TestRun starts containers and passes on what they say.
 func TestRun(t *testing.T) {
 	skipWithoutRunc(t)
@@ -128,13 +139,14 @@ func TestRun(t *testing.T) {
 	require.Equal(t, "hello from the image\n", b.ok("run", s.ref))
 
 	r := b.run("run", s.ref, "--", "/bin/sh", "-c", "echo out; echo err >&2; exit 42")
-	require.Equal(t, result{42, "out\n", "err\n"}, r)
+	require.Equal(t, result{42, "out\n", "err\n"}, result{r.code, r.stdout, withoutFigures(r.stderr)})
 	require.Equal(t, 137, b.run("run", s.ref, "--", "/bin/sh", "-c", "sh -c 'kill -9 $$'").code)
 	require.Equal(t, "1234 other /data\n", b.ok("run", "--user", "alice", "-e", "GREETING=other", "--workdir", "/data", s.ref,
 		"--", "/bin/sh", "-c", `while read -r k v _; do [ "$k" != Uid: ] || u=$v; done < /proc/self/status; echo $u $GREETING $PWD`))
 	cmd := b.command("run", s.ref, "--", "/bin/cat")
 	cmd.Stdin = strings.NewReader("through\n")
-	require.Equal(t, result{0, "through\n", ""}, b.finish(cmd))
+	through := b.finish(cmd)
+	require.Equal(t, result{0, "through\n", ""}, result{through.code, through.stdout, withoutFigures(through.stderr)})
 	b.settled()
 
 	// Exit status of what cannot be started, as shells have it.
@@ -211,7 +223,7 @@ func (b *bench) traces(s *site) {
 		require.Contains(t, r.stderr, "fetched:  ")
 	}
 	r = b.run("run", "--root", b.mkdir("none"), "--explain", "--trace", "none", s.ref)
-	require.Contains(t, r.stderr, "trace:    no trace was asked for")
+	require.Contains(t, r.stderr, "trace:    not used: no trace was asked for")
 	require.Zero(t, r.code)
 
 	dir := b.mkdir("mnt")

@@ -65,6 +65,16 @@ func TestUsage(t *testing.T) {
 		{"demo x", "unknown command"},
 		{"demo --link fast", "--link: "},
 		{"demo --runs 0", "--runs 0: at least 1"},
+		{"simulate", "requires at least 1 arg(s)"},
+		{"simulate x --link fast", "--link: "},
+		{"simulate x --link 1ms,1gbit,stall=0.1", "only DELAY,RATE is modelled"},
+		{"simulate x --gap 1X", "--gap: "},
+		{"simulate x --piece 1", "--piece 1: a size of at least 4K"},
+		{"simulate x --copies 0", "--copies 0: not from 1 to 1000"},
+		{"simulate x --round-trips 0", "--round-trips 0: not from 1 to 1000"},
+		{"simulate x --lookup -1", "--lookup -1: not from 0 to 1000"},
+		{"simulate x --start-cpu -1s", "--start-cpu -1s: cannot be negative"},
+		{"simulate x --window 0", "--window 0: above 0"},
 		{"version x", "unknown command"},
 	}
 	b := newBench(t)
@@ -83,7 +93,7 @@ func TestUsage(t *testing.T) {
 func TestHelp(t *testing.T) {
 	b := newBench(t)
 	out := b.ok("--help")
-	for _, verb := range []string{"convert", "mount", "umount", "run", "record", "attach", "trace", "image", "blob", "demo", "version"} {
+	for _, verb := range []string{"convert", "mount", "umount", "run", "record", "attach", "trace", "image", "blob", "demo", "simulate", "version"} {
 		require.Contains(t, out, "\n  "+verb+" ")
 	}
 	require.NotContains(t, out, serveName)

@@ -67,6 +67,7 @@ func (d *served) tryAdopt(fds map[string]int) (dead bool, err error) {
 	old := st.Pid
 	st.Pid = os.Getpid()
 	st.Restarts++
+	st.succeed()
 	d.setDevice(dev)
 	d.startWork()
 	if st.Dir != "" && !st.Mounted {

@@ -131,14 +131,17 @@ type Status struct {
 	Writable     bool   `json:"writable,omitempty"`
 	Leased       bool   `json:"leased,omitempty"`
 	Pid          int    `json:"pid"` // of the server
-	// Restarts is how often the server was started again: figures are of the
-	// last one only.
-	Restarts int `json:"restarts"`
+	// Restarts is how often the server was started again: Now is of the last one
+	// only, and Before of the others, but for their last seconds.
+	Restarts int              `json:"restarts"`
+	Before   *backstore.Stats `json:"before,omitempty"`
 
-	Phases []Phase         `json:"phases"`
-	Now    Snapshot        `json:"now"`
-	Trace  string          `json:"trace"` // where the trace is from, or why there is none
-	Replay replayer.Result `json:"replay"`
+	Phases []Phase  `json:"phases"`
+	Now    Snapshot `json:"now"`
+	Trace  string   `json:"trace"` // where the trace is from, or why there is none
+	// Explain says in a line why the trace is used, partly used or not.
+	Explain string          `json:"explain"`
+	Replay  replayer.Result `json:"replay"`
 }
 
 // ServerInfo is what a server says of itself.

@@ -48,6 +48,7 @@ func (s *Server) Handler() http.Handler {
 	m.HandleFunc("POST "+apiVersion+"/devices/{id}/fail", s.postFail)
 	m.HandleFunc("GET "+apiVersion+"/devices/{id}/lease", s.getLease)
 	m.HandleFunc("POST "+apiVersion+"/upgrade", s.postUpgrade)
+	m.Handle("GET /metrics", s.MetricsHandler())
 	return m
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/backstore/lsmt"
+	"github.com/reprise-project/reprise/replayer"
 )
 
 // Annotations of a layer in overlaybd format.
@@ -39,6 +41,7 @@ type Image struct {
 	node     *Node
 	phases   *Phases
 	trace    *lookup
+	replay   *replaying   // nil where none has begun with the opening
 	pin      imageState   // what it consists of, to open it again
 	readOnly bool         // it has no upper layer
 	lock     *os.File     // on the upper layer that its config names
@@ -58,7 +61,14 @@ type ImageOptions struct {
 	Args []string
 	// Phases receives the steps of the opening; may be nil.
 	Phases *Phases
+
+	// replay, if not nil, says how the trace is replayed, from when it is there:
+	// beside the opening. The context of the opening bounds the replay too.
+	replay *replayer.Options
 }
+
+// replays tells whether there may be a trace to replay beside the opening.
+func (o *ImageOptions) replays() bool { return o.replay != nil && o.Trace != "" && o.Trace != "none" }
 
 // OpenImage opens ref: a reference of a converted image at a registry, an OCI
 // layout as oci:DIR[:TAG], or the path of a config.v1.json.
@@ -89,46 +99,133 @@ func (n *Node) openImage(ctx context.Context, ref string, o ImageOptions, write 
 	return im, err
 }
 
+// openSource opens what a manifest names. Of a registry, each of these lines is a
+// round trip, and what stands on one line leaves at once:
+//
+//	the connection to the registry
+//	the manifest                      connections for what follows
+//	the trace, or what may be one     the tails of the layers' blobs
+//	the first bytes of the replay
+//
+// and one more each for an index above the manifest, and for a config, where the
+// one does not carry the other inline. cmd/reprise counts them in a test.
 func (n *Node) openSource(ctx context.Context, ref string, o ImageOptions) (*Image, error) {
 	src, err := n.source(ref)
 	if err != nil {
 		return nil, err
 	}
+	stopDialing := n.dialAhead(ref, o)
+	im := &Image{Ref: ref, node: n, phases: o.Phases, readOnly: true}
+	im.trace = n.startPinnedLookup(ctx, im, o)
 	m, err := src.manifest(ctx)
-	if err != nil {
-		return nil, err
+	stopDialing()
+	if err == nil {
+		o.Phases.mark("manifest")
+		im.Manifest, im.pin.Layers = m.digest, m.layers
+		im.FSType, err = fsType(m.layers)
 	}
-	o.Phases.mark("manifest")
-	fs, err := fsType(m.layers)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		err = n.openManifest(ctx, im, src, m, o)
 	}
-	im := &Image{Ref: ref, Manifest: m.digest, FSType: fs, node: n, phases: o.Phases, readOnly: true}
-	im.pin.Layers = m.layers
-	g, gctx := errgroup.WithContext(ctx)
-	config := make(chan struct{})
-	g.Go(func() error {
-		defer close(config)
-		return im.readConfig(gctx, src, m)
-	})
-	im.trace = n.startLookup(ctx, im, o, config)
-	g.Go(func() error {
-		layers, err := src.layers(m)
-		if err == nil {
-			im.Image, err = backstore.OpenImage(gctx, layers)
-		}
-		return err
-	})
-	if err := g.Wait(); err != nil {
-		im.trace.end()
-		if im.Image != nil {
-			err = errors.Join(err, im.Image.Close())
+	if err != nil {
+		if im.trace != nil {
+			im.trace.end()
 		}
 		return nil, err
 	}
 	return im, nil
 }
 
+// openManifest opens the layers, and begins to look for the trace and to replay
+// it as soon as it can.
+func (n *Node) openManifest(ctx context.Context, im *Image, src *source, m *manifest, o ImageOptions) error {
+	g, gctx := errgroup.WithContext(ctx)
+	config := make(chan struct{})
+	g.Go(func() error {
+		defer close(config)
+		return im.readConfig(gctx, src, m)
+	})
+	if im.trace == nil || !im.trace.isOf(m.digest) {
+		if im.trace != nil {
+			im.trace.end()
+		}
+		im.trace = n.startLookup(ctx, im, o, config)
+	}
+	layers, err := src.layers(m)
+	opened := make(chan struct{})
+	endEarly := func(bool) {}
+	if err == nil && o.replays() {
+		endEarly, err = n.replayEarly(ctx, im, src, m, *o.replay, opened)
+	}
+	if err == nil {
+		g.Go(func() (err error) {
+			im.Image, err = backstore.OpenImage(gctx, layers)
+			return err
+		})
+	} else {
+		g.Go(func() error { return errors.Join(err, closeSources(layers)) })
+	}
+	if err = g.Wait(); err == nil {
+		close(opened)
+	}
+	endEarly(err != nil)
+	if err != nil && im.Image != nil {
+		err = errors.Join(err, im.Image.Close())
+	}
+	return err
+}
+
+// replayEarly begins the replay before the layers are open. It holds the blobs
+// until they are: end tells it that they are, or that they failed to be and the
+// replay has to end.
+func (n *Node) replayEarly(ctx context.Context, im *Image, src *source, m *manifest, o replayer.Options, opened <-chan struct{}) (end func(failed bool), err error) {
+	held, err := src.layers(m)
+	if err != nil {
+		return nil, err
+	}
+	im.replay = n.startReplay(ctx, im, backstore.Blobs(held), o, opened)
+	return func(failed bool) {
+		if failed {
+			im.replay.end()
+		}
+		_ = closeSources(held) // the image's own opening of them says what is wrong
+	}, nil
+}
+
+// How many connections a start needs soon, beside the first: the tails of the
+// layers and the trace, or demand after that, and the replay.
+const (
+	demandAhead     = 16
+	backgroundAhead = 24
+)
+
+// nearRegistry is how soon a registry answers that is so near that connections
+// cost less than it takes to open them ahead, which is some 0.1 ms of CPU time
+// each.
+const nearRegistry = 5 * time.Millisecond
+
+// dialAhead opens connections while the manifest is under way, if that takes.
+// stop ends it and waits.
+func (n *Node) dialAhead(ref string, o ImageOptions) (stop func()) {
+	if strings.HasPrefix(ref, layoutScheme) {
+		return func() {}
+	}
+	through := make(chan struct{})
+	t := time.AfterFunc(nearRegistry, func() {
+		defer close(through)
+		n.client.DialAhead(ref, backstore.Demand, demandAhead)
+		if o.replays() {
+			n.client.DialAhead(ref, backstore.Background, backgroundAhead)
+		}
+	})
+	return func() {
+		if !t.Stop() {
+			<-through
+		}
+	}
+}
+
+// readConfig costs no request where the manifest carries the config inline.
 func (im *Image) readConfig(ctx context.Context, src *source, m *manifest) error {
 	p, err := src.at.Get(ctx, m.config)
 	if err != nil {
@@ -328,6 +425,9 @@ func (im *Image) cancelReads() {
 // start and is no error.
 func (im *Image) Close() error {
 	im.trace.end()
+	if im.replay != nil {
+		im.replay.end()
+	}
 	err := im.Image.Close()
 	if err != nil && im.readOnly {
 		im.node.o.Log.Warn("the cache is not kept", "image", im.Ref, "err", err)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/reprise-project/reprise/backstore/registry"
 	"github.com/reprise-project/reprise/tracefmt"
 	"github.com/reprise-project/reprise/tracefmt/artifact"
 )
@@ -16,6 +17,7 @@ import (
 // lookup is a search for a trace that runs beside the opening of its image.
 type lookup struct {
 	cancel context.CancelFunc
+	of     digest.Digest // the manifest whose trace it is
 	done   chan struct{}
 	trace  *tracefmt.Trace // nil if there is none
 	why    string          // why not, or where it is from
@@ -38,14 +40,29 @@ func (l *lookup) hasFailed() bool {
 	}
 }
 
+// isOf tells whether the trace that is looked for is that of a manifest.
+func (l *lookup) isOf(manifest digest.Digest) bool { return l.of == manifest }
+
+// startPinnedLookup begins to look for a trace before there is a manifest, where
+// that is known by its digest and the workload by its name; nil where not. The
+// digest may turn out to be that of an index.
+func (n *Node) startPinnedLookup(ctx context.Context, im *Image, o ImageOptions) *lookup {
+	r, err := registry.ParseReference(im.Ref)
+	if err != nil || r.Digest == "" || o.Trace != "auto" || o.Workload == "" {
+		return nil
+	}
+	im.Manifest = r.Digest
+	return n.startLookup(ctx, im, o, closed)
+}
+
 // startLookup begins to look for the trace that the options name. config is
 // closed when the image's config was read; nil if it has none.
 func (n *Node) startLookup(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) *lookup {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	l := &lookup{cancel: cancel, done: make(chan struct{})}
+	l := &lookup{cancel: cancel, of: im.Manifest, done: make(chan struct{})}
 	go func() {
 		defer close(l.done)
-		t, why, err := n.findTrace(ctx, im, o, config)
+		t, why, err := n.findTrace(ctx, im, l.of, o, config)
 		l.trace, l.why = t, why
 		if err != nil {
 			l.why, l.failed = err.Error(), true
@@ -59,7 +76,7 @@ func (n *Node) startLookup(ctx context.Context, im *Image, o ImageOptions, confi
 
 // findTrace returns the trace and where it is from, or nil and why there is
 // none; an error is the failure to read one.
-func (n *Node) findTrace(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
+func (n *Node) findTrace(ctx context.Context, im *Image, of digest.Digest, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
 	switch o.Trace {
 	case "", "none":
 		return nil, "no trace was asked for", nil
@@ -69,7 +86,7 @@ func (n *Node) findTrace(ctx context.Context, im *Image, o ImageOptions, config 
 		}
 		ctx, cancel := context.WithTimeout(ctx, n.o.TraceWait)
 		defer cancel()
-		return n.findBeside(ctx, im, o, config)
+		return n.findBeside(ctx, im, of, o, config)
 	}
 	if d, err := digest.Parse(o.Trace); err == nil {
 		t, err := n.pullDigest(ctx, im.Ref, d)
@@ -87,17 +104,17 @@ func openTrace(path string) (*tracefmt.Trace, error) {
 }
 
 // findBeside asks the registry for the trace of the workload.
-func (n *Node) findBeside(ctx context.Context, im *Image, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
+func (n *Node) findBeside(ctx context.Context, im *Image, of digest.Digest, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
 	<-config // the entrypoint is part of the workload's name
 	name := im.workload(o)
 	store, err := artifact.New(n.client, im.Ref)
 	if err != nil {
 		return nil, "", err
 	}
-	t, e, err := store.Auto(ctx, im.Manifest, name)
+	t, e, err := store.Auto(ctx, of, name)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return nil, fmt.Sprintf("no trace of workload %s beside the image", name), nil
+		return nil, fmt.Sprintf("no trace of workload %s beside the image; record one with 'reprise record --attach'", name), nil
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, "", fmt.Errorf("the lookup of the trace took longer than %v", n.o.TraceWait)
 	case err != nil:

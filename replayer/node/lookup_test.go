@@ -31,7 +31,10 @@ type site struct {
 	desc ocispec.Descriptor
 }
 
-func newSite(t *testing.T) *site {
+func newSite(t *testing.T) *site { return newSiteOf(t, below) }
+
+// newSiteOf is one whose image has content at 8192.
+func newSiteOf(t *testing.T, content []byte) *site {
 	t.Helper()
 	g, err := regtest.NewRegistry(&regtest.RegistryOptions{Dir: t.TempDir()})
 	require.NoError(t, err)
@@ -43,7 +46,7 @@ func newSite(t *testing.T) *site {
 	s.ref = server.Addr + "/some/image:1"
 
 	l := newLayout(t)
-	layer := l.converted(testLayer(t, 8192, below))
+	layer := l.converted(testLayer(t, 8192, content))
 	s.desc = l.image(ocispec.ImageConfig{Entrypoint: []string{"/server"}}, layer)
 	l.index(s.desc)
 	from, err := convert.At("oci:"+l.dir, nil)

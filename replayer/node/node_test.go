@@ -36,7 +36,7 @@ func openNode(t testing.TB) (*Node, *logged) {
 	n, err := Open(&Config{
 		Root:     filepath.Join(dir, "state"),
 		Registry: registry.Options{PlainHTTP: true, HostsDir: dir, DockerConfigDir: dir, LockDir: dir},
-		Log:      slog.New(slog.NewTextHandler(log, nil)),
+		Log:      slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, n.Close()) })

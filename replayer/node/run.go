@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/recorder/container"
 	"github.com/reprise-project/reprise/replayer"
 )
@@ -52,22 +53,27 @@ const lastReads = time.Second
 
 // Report is what one start did.
 type Report struct {
-	Image    string          `json:"image"`
-	Manifest string          `json:"manifest,omitempty"`
-	Workload string          `json:"workload"`
-	Layers   int             `json:"layers"`
-	Phases   []Phase         `json:"phases"`
-	Ready    bool            `json:"ready"`
-	ReadyAt  time.Time       `json:"ready_at"` // wall clock
-	NotReady string          `json:"not_ready,omitempty"`
-	Start    Snapshot        `json:"at_ready"` // figures when it was ready
-	End      Snapshot        `json:"at_end"`   // figures when it had ended
-	Trace    string          `json:"trace"`    // where the trace is from, or why there is none
-	Replay   replayer.Result `json:"replay"`
-	Exit     int             `json:"exit"`
+	Image    string    `json:"image"`
+	Manifest string    `json:"manifest,omitempty"`
+	Workload string    `json:"workload"`
+	Layers   int       `json:"layers"`
+	Phases   []Phase   `json:"phases"`
+	Ready    bool      `json:"ready"`
+	ReadyAt  time.Time `json:"ready_at"` // wall clock
+	NotReady string    `json:"not_ready,omitempty"`
+	Start    Snapshot  `json:"at_ready"` // figures when it was ready
+	End      Snapshot  `json:"at_end"`   // figures when it had ended
+	Trace    string    `json:"trace"`    // where the trace is from, or why there is none
+	// Explain says in a line why the trace was used, partly used or not, as far
+	// as it is known.
+	Explain string          `json:"explain"`
+	Replay  replayer.Result `json:"replay"`
+	Exit    int             `json:"exit"`
 	// Restarts is how often the image's server was started again meanwhile: it
-	// had been killed, and figures count from the last time on.
-	Restarts int `json:"restarts"`
+	// had been killed, and figures count from the last time on. Before are those
+	// of the servers before, but for their last seconds.
+	Restarts int              `json:"restarts"`
+	Before   *backstore.Stats `json:"before,omitempty"`
 }
 
 // Run starts a container on an image of this process's own server, as the
@@ -206,7 +212,8 @@ func (r *run) lease(ctx context.Context) (_ context.Context, stop func()) {
 func (r *run) note(st *Status) {
 	p := r.report
 	p.Manifest, p.Layers, p.Workload = string(st.Manifest), st.Layers, st.Workload
-	p.Phases, p.Trace, p.Replay, p.Restarts = st.Phases, st.Trace, st.Replay, st.Restarts
+	p.Phases, p.Trace, p.Explain, p.Replay = st.Phases, st.Trace, st.Explain, st.Replay
+	p.Restarts, p.Before = st.Restarts, st.Before
 }
 
 // serverTime bounds what is asked of the server when a container has ended.
@@ -354,25 +361,4 @@ func (r *run) await(ctx context.Context, c *container.Container) error {
 		err = errors.Join(cause, err)
 	}
 	return err
-}
-
-// replay waits for the trace of an image and replays it. A trace that was there
-// and could not be used is worth a line.
-func (n *Node) replay(ctx context.Context, im *Image, o replayer.Options) replayer.Result {
-	t, why := im.Trace(ctx)
-	if t == nil {
-		if im.trace.hasFailed() {
-			n.o.Log.Warn("no trace is replayed", "image", im.Ref, "why", why)
-		}
-		return replayer.Result{Reason: why}
-	}
-	p, err := replayer.NewPlan(t, im, &o)
-	if err != nil {
-		n.o.Log.Warn("the trace is not replayed", "image", im.Ref, "trace", why, "why", err)
-		return replayer.Result{Reason: err.Error()}
-	}
-	im.phases.mark("replay started")
-	result := replayer.Replay(ctx, im.Blobs(), p)
-	im.phases.mark("replay ended")
-	return result
 }

@@ -110,7 +110,7 @@ func (d *served) tryAttach() (err error) {
 		return err
 	}
 	o := r.imageOptions()
-	o.Phases = phasesSince(r.Begun)
+	o.Phases, o.replay = phasesSince(r.Begun), &r.Plan
 	if d.im, err = d.n.openImage(ctx, r.place(), o, r.Writable); err != nil {
 		if r.Dir == "" {
 			err = fmt.Errorf("open %s: %w", r.Ref, err)
@@ -211,15 +211,20 @@ func (d *served) mount(ctx context.Context) error {
 	return nil
 }
 
-// startWork begins to replay, and then to complete the image if that was asked
-// for.
+// startWork begins to replay, where the opening has not, and then to complete
+// the image if that was asked for.
 func (d *served) startWork() {
-	ctx, cancel := context.WithCancel(d.work)
-	d.endReplay = cancel
+	d.s.metrics.opened(d.im)
+	d.wg.Go(d.keepFigures)
+	if d.im.replay == nil {
+		d.im.replay = d.n.startReplay(d.work, d.im, d.im.Blobs(), d.state.Request.Plan, closed)
+	}
+	r := d.im.replay
+	d.endReplay = r.cancel
 	d.wg.Go(func() {
-		result := d.n.replay(ctx, d.im, d.state.Request.Plan)
+		<-r.done
 		d.mu.Lock()
-		d.replay = result
+		d.replay = r.result
 		d.mu.Unlock()
 		close(d.replayed)
 		d.noteReplayed()
@@ -271,6 +276,7 @@ func (d *served) teardown() error {
 	if d.im != nil {
 		d.wg.Wait()
 		errs = append(errs, d.im.Close())
+		d.s.metrics.closed(d.im)
 	}
 	d.s.unkeep(d.id + "." + roleUpper)
 	if d.n != nil && d.n.client != d.s.n.client {
@@ -292,7 +298,7 @@ func (d *served) status() *Status {
 		Workload: d.im.workload(r.imageOptions()),
 		Device:   d.state.Path, FSType: d.im.FSType, MountOptions: d.im.mountOptions(),
 		Dir: d.state.Dir, Writable: r.Writable, Leased: r.Leased,
-		Pid: os.Getpid(), Restarts: d.state.Restarts,
+		Pid: os.Getpid(), Restarts: d.state.Restarts, Before: d.state.Before,
 		Phases: d.im.phases.List(), Now: snapshot(d.im), Replay: d.replay,
 	}
 	st.Now.Restarts = st.Restarts
@@ -302,6 +308,7 @@ func (d *served) status() *Status {
 	default:
 		st.Trace = "the lookup had not ended"
 	}
+	st.Explain = d.im.explain(d.im.replay)
 	return st
 }
 
@@ -311,6 +318,7 @@ func (d *served) status() *Status {
 func (d *served) quiesce(failAfter time.Duration) {
 	d.endReplay()
 	<-d.replayed
+	d.writeFigures()
 	if failAfter <= 0 {
 		return
 	}

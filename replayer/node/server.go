@@ -25,8 +25,8 @@ type Devices interface {
 	// it returns then. say, if not nil, is told what is logged meanwhile. When
 	// ctx ends first, and nobody else waits, all is undone.
 	Attach(ctx context.Context, r *Request, say func(line string)) (*Status, error)
-	// Status describes a device; with trace set, when the lookup of its trace
-	// has ended.
+	// Status describes a device; with trace set, when it is known whether its trace
+	// is used.
 	Status(ctx context.Context, id string, trace bool) (*Status, error)
 	// Quiesce ends the replay. After failAfter, unless that is 0, reads fail.
 	Quiesce(ctx context.Context, id string, failAfter time.Duration) (*Status, error)
@@ -70,6 +70,7 @@ type Server struct {
 	o       ServerOptions
 	broken  error // why there is no node
 	table   table
+	metrics metrics
 	started time.Time
 	leaving chan struct{} // closed by Close and Leave
 	wg      sync.WaitGroup
@@ -236,6 +237,7 @@ func (s *Server) Status(ctx context.Context, id string, trace bool) (*Status, er
 	}
 	if trace {
 		d.im.Trace(ctx)
+		d.im.replay.awaitPlan(ctx)
 	}
 	return d.status(), nil
 }

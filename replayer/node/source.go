@@ -78,19 +78,18 @@ func parseManifest(raw []byte) (*manifest, error) {
 	return out, nil
 }
 
-// layers opens the blobs of remote layers, and names the files of others.
+// layers opens the blobs of remote layers, and names the files of others. Of each
+// it asks at once for what opening the layer reads: a replay that begins before
+// that must not fetch parts of it.
 func (s *source) layers(m *manifest) ([]backstore.LayerSource, error) {
 	sources := make([]backstore.LayerSource, 0, len(m.layers))
 	for i, d := range m.layers {
 		l, err := s.layer(d)
 		if err != nil {
-			for _, s := range sources {
-				if s.Blob != nil {
-					_ = s.Blob.Close()
-				}
-			}
+			_ = closeSources(sources)
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
+		l.Ask()
 		sources = append(sources, l)
 	}
 	return sources, nil
@@ -107,4 +106,15 @@ func (s *source) layer(d ocispec.Descriptor) (l backstore.LayerSource, err error
 		l.Blob, err = s.n.cache.Blob(d.Digest, d.Size, origin)
 	}
 	return l, err
+}
+
+// closeSources gives up blobs that no image has taken over.
+func closeSources(sources []backstore.LayerSource) error {
+	var errs []error
+	for _, s := range sources {
+		if s.Blob != nil {
+			errs = append(errs, s.Blob.Close())
+		}
+	}
+	return errors.Join(errs...)
 }

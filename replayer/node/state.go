@@ -50,6 +50,10 @@ type state struct {
 	Backing  string `json:"backing,omitempty"`
 	Mounted  bool   `json:"mounted,omitempty"`
 	Replayed bool   `json:"replayed,omitempty"` // the replay has ended
+	// Figures are the server's, as it last wrote them down, and Before those of
+	// the servers before.
+	Figures *backstore.Stats `json:"figures,omitempty"`
+	Before  *backstore.Stats `json:"before,omitempty"`
 }
 
 // An imageState pins what an image consists of.
