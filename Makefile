@@ -5,6 +5,8 @@
 #   make root     those tests alone, uncached, and none may skip for want of root
 #   make vmtest   devices of every kind, served and killed, in an emulated machine with Linux 6.12
 #   make torture  1,000 kills of the daemon and of devices, a minute of fio, a registry that is away for another
+#   make coldstart  cold starts of real images, as root: packages are fetched and images made the first time
+#                   WHAT='matrix adversarial fleet gaps' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
 #   make race     go test -race ./...
 #   make fuzz     each fuzz target for FUZZTIME (10s)
 #   make bench    all benchmarks, with fio as a second opinion
@@ -30,7 +32,7 @@ BENCH     ?= .
 BENCHTIME ?= 1s
 WHAT      ?= test demo bench
 
-.PHONY: build test race root vmtest torture fuzz bench generate lint demo deps install clean
+.PHONY: build test race root vmtest torture coldstart fuzz bench generate lint demo deps install clean
 .DEFAULT_GOAL := build
 
 build:
@@ -59,6 +61,16 @@ torture:
 	REPRISE_KILLS=1000 REPRISE_FIO_SECONDS=60 REPRISE_AWAY=60s $(GO) test -count=1 -v -timeout 40m -p 1 \
 		-run '^(TestKill|TestWrittenUnderKills|TestDaemonKills|TestDaemonUpgrades|TestSystemd|TestRegistryAway)$$' \
 		./backstore/device ./cmd/reprise 2>&1 | grep -v 'the child ended: starting it again'
+
+# Some 20 minutes. Needs npm for the image of Node.js. Images, packages and recordings stay in KEEP, by default
+# a folder of the user's cache; results are there as JSON. REPRISE measures another program than this tree's.
+coldstart: WHAT = matrix adversarial fleet
+coldstart:
+	@.ci/deps test
+	@$(MAKE) build
+	@REPRISE_COLDSTART='$(WHAT)' REPRISE_COLDSTART_DIR='$(KEEP)' REPRISE_COLDSTART_IMAGES='$(IMAGES)' \
+	REPRISE_COLDSTART_LINKS='$(LINKS)' REPRISE_COLDSTART_RUNS='$(RUNS)' REPRISE_COLDSTART_PROGRAM='$(abspath $(or $(REPRISE),bin/reprise))' \
+		$(GO) test -count=1 -v -timeout 3h -run '^TestColdStart$$' ./replayer/compare
 
 fuzz:
 	@GO='$(GO)' FUZZTIME='$(FUZZTIME)' .ci/fuzz

@@ -1,6 +1,6 @@
-// Package compare measures cold starts of one image side by side: each mode in
-// turn, again and again, each start a process of its own with a state directory
-// that is proven to be what the mode says. The demo is one such comparison, of
+// Package compare measures cold starts of one image side by side: each
+// variant in turn, again and again, each start a process of its own with a state directory
+// that is proven to be what the variant says. The demo is one such comparison, of
 // an image and a registry that it makes itself.
 //
 // What counts is when the container is ready. [Run] drives the starts one after
@@ -23,30 +23,22 @@ import (
 	"github.com/reprise-project/reprise/backstore/registry/regtest"
 )
 
-// A Mode is a way to start an image.
-type Mode string
-
-const (
-	Lazy   Mode = "lazy"   // nothing on the node, no trace
-	Replay Mode = "replay" // nothing on the node, with the image's trace
-	Warm   Mode = "warm"   // all bytes on the node, page cache dropped
-)
-
-// Modes are all modes, in the order of a round.
-var Modes = []Mode{Lazy, Replay, Warm}
-
 // Options say what [Run] compares.
 type Options struct {
 	// Program is the reprise binary; this process's own by default.
 	Program string
+	Env     []string // of the program; this process's own by default
 	Ref     string
 	Args    []string // the container's, after --
 	// Flags are passed to `reprise run` as they are: ready rules, network.
-	Flags []string
-	Modes []Mode // [Modes] by default
-	Runs  int    // of each mode, 3 by default
+	Flags    []string
+	Variants []Variant // [Standard] by default
+	Runs     int       // of each variant, 3 by default
 	// Dir holds the state directories; they are removed.
 	Dir string
+	// WarmRoot is a state directory that has all bytes of the image, or is to
+	// get them, and stays; by default one is made below Dir where it is needed.
+	WarmRoot string
 	// Link, if set, is what stands between the starts and the registry.
 	Link *regtest.Link
 	// Timeout bounds one start, 2 minutes by default.
@@ -65,9 +57,6 @@ func (o Options) fill() (Options, error) {
 		}
 		o.Program = self
 	}
-	if len(o.Modes) == 0 {
-		o.Modes = Modes
-	}
 	o.Runs = cmp.Or(o.Runs, 3)
 	o.Timeout = cmp.Or(o.Timeout, 2*time.Minute)
 	if o.Progress == nil {
@@ -79,15 +68,13 @@ func (o Options) fill() (Options, error) {
 	if o.Runs < 1 || o.Runs > 1000 {
 		return o, fmt.Errorf("%d runs: not between 1 and 1000", o.Runs)
 	}
-	for _, m := range o.Modes {
-		if m != Lazy && m != Replay && m != Warm {
-			return o, fmt.Errorf("unknown mode %q", m)
-		}
-	}
-	return o, nil
+	var err error
+	o.Variants, err = fillVariants(o.Variants, o.Link != nil)
+	return o, err
 }
 
-// Run starts the image Runs times in each mode, interleaved, and reports.
+// Run starts the image Runs times in each variant, interleaved, and reports.
+// Each round begins with another variant.
 func Run(ctx context.Context, options Options) (*Result, error) {
 	o, err := options.fill()
 	if err != nil {
@@ -101,15 +88,16 @@ func Run(ctx context.Context, options Options) (*Result, error) {
 		return nil, fmt.Errorf("compare: %w", err)
 	}
 	defer os.RemoveAll(dir)
-	c := &comparison{o: o, dir: dir, starts: map[Mode][]start{}}
+	c := &comparison{o: o, dir: dir, warm: o.WarmRoot, starts: map[Mode][]start{}}
 	for i := range o.Runs {
-		for _, m := range o.Modes {
-			o.Progress(m, i+1, o.Runs)
-			s, err := c.start(ctx, m)
+		for j := range o.Variants {
+			v := &o.Variants[(i+j)%len(o.Variants)]
+			o.Progress(v.Name, i+1, o.Runs)
+			s, err := c.start(ctx, v)
 			if err != nil {
-				return nil, fmt.Errorf("compare: %s, run %d: %w", m, i+1, err)
+				return nil, fmt.Errorf("compare: %s, run %d: %w", v.Name, i+1, err)
 			}
-			c.starts[m] = append(c.starts[m], s)
+			c.starts[v.Name] = append(c.starts[v.Name], s)
 		}
 	}
 	return c.result(), nil
@@ -118,34 +106,37 @@ func Run(ctx context.Context, options Options) (*Result, error) {
 type comparison struct {
 	o      Options
 	dir    string
-	warm   string // state directory that holds all bytes; empty until made
+	warm   string // state directory that has all bytes, or is to; empty until made
+	filled bool   // warm has them
 	starts map[Mode][]start
 }
 
-// start makes the state that the mode wants, proves it, and starts once.
-func (c *comparison) start(ctx context.Context, m Mode) (start, error) {
+// start makes the state that the variant wants, proves it, and starts once.
+func (c *comparison) start(ctx context.Context, v *Variant) (s start, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.o.Timeout)
 	defer cancel()
-	root, err := c.root(ctx, m)
+	root, remove, err := c.root(ctx, v)
 	if err != nil {
 		return start{}, err
 	}
-	if m != Warm {
-		defer os.RemoveAll(root)
-	}
+	defer func() { err = errors.Join(err, remove()) }()
 	if err := dropCaches(c.dir); err != nil {
 		return start{}, err
 	}
-	if m != Warm {
+	if !v.Warm {
 		if err := proveCold(root); err != nil {
 			return start{}, err
 		}
 	}
 	if c.o.Link != nil {
 		c.o.Link.Reset()
+		if v.Fault != nil {
+			c.o.Link.SetFault(v.Fault())
+			defer c.o.Link.SetFault(nil)
+		}
 	}
-	s, err := c.launch(ctx, m, root)
-	if err == nil && m == Warm && s.Bytes > warmBytes {
+	s, err = c.launch(ctx, v, root)
+	if err == nil && v.Warm && s.Bytes > warmBytes {
 		err = fmt.Errorf("a warm start fetched %d bytes", s.Bytes)
 	}
 	return s, err
@@ -154,23 +145,36 @@ func (c *comparison) start(ctx context.Context, m Mode) (start, error) {
 // warmBytes is what a warm start may fetch: manifest, config, referrers.
 const warmBytes = 256 << 10
 
-// root gives the state directory of one start.
-func (c *comparison) root(ctx context.Context, m Mode) (string, error) {
-	if m != Warm {
-		return os.MkdirTemp(c.dir, string(m)+"-")
+// root gives the state directory of one start. remove takes it away.
+func (c *comparison) root(ctx context.Context, v *Variant) (root string, remove func() error, err error) {
+	if v.Warm {
+		root, err = c.warmRoot(ctx)
+		return root, func() error { return nil }, err
 	}
-	if c.warm != "" {
+	root, err = os.MkdirTemp(c.dir, "root-")
+	if err != nil || v.Room == 0 {
+		return root, func() error { return os.RemoveAll(root) }, err
+	}
+	unmount, err := mountRoom(root, v.Room)
+	return root, func() error { return errors.Join(unmount(), os.RemoveAll(root)) }, err
+}
+
+// warmRoot gives the state directory of the warm starts.
+func (c *comparison) warmRoot(ctx context.Context) (string, error) {
+	if c.filled {
 		return c.warm, nil
 	}
-	root := filepath.Join(c.dir, "warm")
-	if err := os.Mkdir(root, 0o700); err != nil {
+	if c.warm == "" {
+		c.warm = filepath.Join(c.dir, "warm")
+	}
+	if err := os.MkdirAll(c.warm, 0o700); err != nil {
 		return "", err
 	}
-	if err := c.fillRoot(ctx, root); err != nil {
+	if err := FillRoot(ctx, c.warm, c.o.Ref); err != nil {
 		return "", fmt.Errorf("fetch the whole image: %w", err)
 	}
-	c.warm = root
-	return root, nil
+	c.filled = true
+	return c.warm, nil
 }
 
 // proveCold makes sure that nothing of any image is in root.

@@ -152,7 +152,7 @@ func buildDemoLayout(ctx context.Context, dir, layout string, layers []demoLayer
 	if err != nil {
 		return err
 	}
-	if err := writeDemoIndex(tmp, layers, written); err != nil {
+	if err := writeIndex(tmp, imageOf(demoConfig(), layers, written), written); err != nil {
 		return err
 	}
 	if err := os.Chmod(tmp, 0o755); err != nil {
@@ -170,9 +170,9 @@ func buildDemoLayout(ctx context.Context, dir, layout string, layers []demoLayer
 	return os.Rename(tmp, layout)
 }
 
-// writeDemoIndex writes what stands above the layers: config, manifest, index.json, oci-layout.
-func writeDemoIndex(layout string, layers []demoLayer, written []writtenLayer) error {
-	config, err := json.Marshal(demoConfig(layers, written))
+// writeIndex writes what stands above the layers: config, manifest, index.json, oci-layout.
+func writeIndex(layout string, image ocispec.Image, written []writtenLayer) error {
+	config, err := json.Marshal(image)
 	if err != nil {
 		return err
 	}
@@ -221,22 +221,27 @@ func writeDemoIndex(layout string, layers []demoLayer, written []writtenLayer) e
 	return os.WriteFile(filepath.Join(layout, ocispec.ImageIndexFile), index, 0o644)
 }
 
-func demoConfig(layers []demoLayer, written []writtenLayer) ocispec.Image {
+func demoConfig() ocispec.ImageConfig {
+	return ocispec.ImageConfig{
+		Env: []string{
+			"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+			"LANG=C.UTF-8",
+			fmt.Sprintf("PORT=%d", DemoPort),
+		},
+		// -B: bytecode that is missing is not written; -u: the log line comes at once.
+		Entrypoint:   []string{"/usr/bin/python3", "-B", "-u", "/srv/app.py"},
+		WorkingDir:   "/srv",
+		ExposedPorts: map[string]struct{}{fmt.Sprintf("%d/tcp", DemoPort): {}},
+		StopSignal:   "SIGTERM",
+	}
+}
+
+// imageOf is the image of these layers for this machine's kind of processor.
+func imageOf(config ocispec.ImageConfig, layers []demoLayer, written []writtenLayer) ocispec.Image {
 	img := ocispec.Image{
 		Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH},
-		Config: ocispec.ImageConfig{
-			Env: []string{
-				"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-				"LANG=C.UTF-8",
-				fmt.Sprintf("PORT=%d", DemoPort),
-			},
-			// -B: bytecode that is missing is not written; -u: the log line comes at once.
-			Entrypoint:   []string{"/usr/bin/python3", "-B", "-u", "/srv/app.py"},
-			WorkingDir:   "/srv",
-			ExposedPorts: map[string]struct{}{fmt.Sprintf("%d/tcp", DemoPort): {}},
-			StopSignal:   "SIGTERM",
-		},
-		RootFS: ocispec.RootFS{Type: "layers"},
+		Config:   config,
+		RootFS:   ocispec.RootFS{Type: "layers"},
 	}
 	for i, w := range written {
 		img.RootFS.DiffIDs = append(img.RootFS.DiffIDs, w.diffID)

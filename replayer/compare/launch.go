@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -31,44 +32,115 @@ type start struct {
 	Accuracy float64       // share of the prefetched bytes that demand read
 	CPU      time.Duration // of reprise
 	Report   *node.Report
+
+	Begin time.Time         // of the command
+	Log   []regtest.Request // at the link, until it was ready
+	Exit  int               // status of the command, which SIGTERM ended
+	Said  []string          // what --explain said of the trace, at the end
 }
 
-// launch runs `reprise run` in a process of its own until the container is
-// ready, and ends it.
-func (c *comparison) launch(ctx context.Context, m Mode, root string) (start, error) {
+// A process is a `reprise run` that got ready and was ended then.
+type process struct {
+	begin  time.Time
+	report *node.Report // at readiness
+	exit   int          // status of the command, which SIGTERM has ended
+	said   string
+}
+
+// runUntilReady runs a `reprise run` that reports to descriptor 3 until its
+// container is ready, and ends it. It calls atReady once: when the container is
+// ready, or when it is known never to be.
+func runUntilReady(ctx context.Context, program string, env, argv []string, atReady func()) (p process, err error) {
+	var once sync.Once
+	defer once.Do(atReady)
 	r, w, err := os.Pipe()
 	if err != nil {
-		return start{}, err
+		return p, err
 	}
 	defer r.Close()
-	cmd := exec.CommandContext(ctx, c.o.Program, c.args(m, root)...)
+	cmd := exec.CommandContext(ctx, program, argv...)
+	cmd.Env = env
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
-	begin := time.Now()
+	p = process{begin: time.Now(), report: new(node.Report)}
 	err = cmd.Start()
 	_ = w.Close()
 	if err != nil {
-		return start{}, err
+		return p, err
 	}
-	s, err := c.awaitReady(m, begin, bufio.NewReader(r))
+	line, err := bufio.NewReader(r).ReadBytes('\n')
+	once.Do(atReady)
+	switch {
+	case err != nil:
+		err = errors.New("the container never got ready")
+	default:
+		if err = json.Unmarshal(line, p.report); err != nil {
+			err = fmt.Errorf("report: %w", err)
+		}
+	}
 	_ = cmd.Process.Signal(unix.SIGTERM)
 	ended := cmd.Wait()
 	if err != nil {
-		return s, c.explain(ctx, err, ended, said.String())
+		return p, explain(ctx, err, ended, said.String())
 	}
-	return s, nil
+	p.exit, p.said = cmd.ProcessState.ExitCode(), said.String()
+	return p, nil
 }
 
-func (c *comparison) args(m Mode, root string) []string {
-	trace := "none"
-	if m == Replay {
-		trace = "auto"
+// launch starts once and measures.
+func (c *comparison) launch(ctx context.Context, v *Variant, root string) (start, error) {
+	var link regtest.Stats
+	p, err := runUntilReady(ctx, c.o.Program, c.o.Env, c.args(v, root), func() {
+		if c.o.Link != nil {
+			link = c.o.Link.Stats()
+		}
+	})
+	if err != nil {
+		return start{}, err
 	}
-	args := []string{"run", "--root", root, "--trace", trace, "--report-fd", "3"}
-	args = append(args, c.o.Flags...)
+	s := newStart(&p)
+	if c.o.Link != nil {
+		s.Requests, s.Bytes, s.Serial, s.Log = link.Requests, link.BytesSent, link.SerialTime, link.Log
+		if link.NewConns == 0 {
+			return s, errors.New("no connection was made: not a cold start")
+		}
+	}
+	if v.Check != nil {
+		err = v.Check(s.Report)
+	}
+	return s, err
+}
+
+// newStart takes the figures out of a report.
+func newStart(p *process) start {
+	at := &p.report.Start
+	return start{
+		Begin: p.begin, Report: p.report, Exit: p.exit, Said: explained(p.said),
+		Ready: p.report.ReadyAt.Sub(p.begin), Stall: at.Stats.Stall, CPU: at.CPU, Coverage: at.Coverage, Accuracy: at.Accuracy,
+		Requests: at.Stats.DemandRequests + at.Stats.BackgroundRequests,
+		Bytes:    at.Stats.DemandBytes + at.Stats.BackgroundBytes,
+	}
+}
+
+// explained picks what --explain says of the trace.
+func explained(said string) (lines []string) {
+	for line := range strings.Lines(said) {
+		for _, head := range []string{"trace:", "replay:"} {
+			text, ok := strings.CutPrefix(line, head)
+			if text = head + " " + strings.TrimSpace(text); ok && !slices.Contains(lines, text) {
+				lines = append(lines, text)
+			}
+		}
+	}
+	return lines
+}
+
+func (c *comparison) args(v *Variant, root string) []string {
+	args := []string{"run", "--root", root, "--trace", v.Trace, "--explain", "--report-fd", "3"}
+	args = append(append(args, c.o.Flags...), v.Flags...)
 	args = append(args, c.o.Ref)
 	if len(c.o.Args) > 0 {
 		args = append(append(args, "--"), c.o.Args...)
@@ -76,47 +148,10 @@ func (c *comparison) args(m Mode, root string) []string {
 	return args
 }
 
-// awaitReady reads the report that the run sends when it is ready.
-func (c *comparison) awaitReady(m Mode, begin time.Time, r *bufio.Reader) (start, error) {
-	line, err := r.ReadBytes('\n')
-	if err != nil {
-		return start{}, errors.New("the container never got ready")
-	}
-	s := start{Report: new(node.Report)}
-	var link regtest.Stats
-	if c.o.Link != nil {
-		link = c.o.Link.Stats()
-	}
-	if err := json.Unmarshal(line, s.Report); err != nil {
-		return s, fmt.Errorf("report: %w", err)
-	}
-	at := s.Report.Start
-	s.Ready = s.Report.ReadyAt.Sub(begin)
-	s.Stall, s.CPU = at.Stats.Stall, at.CPU
-	s.Coverage, s.Accuracy = at.Coverage, at.Accuracy
-	s.Requests = at.Stats.DemandRequests + at.Stats.BackgroundRequests
-	s.Bytes = at.Stats.DemandBytes + at.Stats.BackgroundBytes
-	if c.o.Link != nil {
-		s.Requests, s.Bytes, s.Serial = link.Requests, link.BytesSent, link.SerialTime
-		if link.NewConns == 0 {
-			return s, errors.New("no connection was made: not a cold start")
-		}
-	}
-	if m == Replay && !replayed(s.Report) {
-		return s, fmt.Errorf("no trace was replayed: %s", s.Report.Trace)
-	}
-	return s, nil
-}
-
-// replayed tells whether a start had a trace. Its result is not known yet at
-// readiness when the replay still runs; the phase is.
-func replayed(r *node.Report) bool {
-	return slices.ContainsFunc(r.Phases, func(p node.Phase) bool { return p.Name == "replay started" })
-}
-
-func (c *comparison) explain(ctx context.Context, err, ended error, said string) error {
+// explain says why a start failed.
+func explain(ctx context.Context, err, ended error, said string) error {
 	if cause := ctx.Err(); cause != nil {
-		err = fmt.Errorf("%w (%w after %v)", err, cause, c.o.Timeout)
+		err = fmt.Errorf("%w (%w)", err, cause)
 	}
 	if ended != nil {
 		err = fmt.Errorf("%w: %w", err, ended)
@@ -131,13 +166,13 @@ func (c *comparison) explain(ctx context.Context, err, ended error, said string)
 	return err
 }
 
-// fillRoot brings all of the image into a state directory.
-func (c *comparison) fillRoot(ctx context.Context, root string) error {
+// FillRoot brings all of an image into a state directory.
+func FillRoot(ctx context.Context, root, ref string) error {
 	n, err := node.Open(&node.Config{Root: root, Cache: backstore.CacheOptions{}})
 	if err != nil {
 		return err
 	}
-	im, err := n.OpenImage(ctx, c.o.Ref, nil)
+	im, err := n.OpenImage(ctx, ref, nil)
 	if err != nil {
 		return errors.Join(err, n.Close())
 	}

@@ -14,17 +14,21 @@ import (
 // Result is what a comparison found. Its JSON form is what `demo --json` and
 // `compare --json` print.
 type Result struct {
-	Image    string             `json:"image"`
-	Manifest string             `json:"manifest"`
-	Layers   int                `json:"layers"`
-	Link     string             `json:"link,omitempty"`
-	Workload string             `json:"workload"`
-	Runs     int                `json:"runs"`
-	Modes    map[Mode]*Figures  `json:"modes"`
-	Paired   map[string]*Series `json:"paired,omitempty"` // ratios of ready times, run by run: "replay/lazy"
-	Slowest  map[Mode][]string  `json:"slowest"`          // the steps of each mode's slowest start
+	Image    string            `json:"image"`
+	Manifest string            `json:"manifest"`
+	Layers   int               `json:"layers"`
+	Link     string            `json:"link,omitempty"`
+	Workload string            `json:"workload"`
+	Runs     int               `json:"runs"`
+	Modes    map[Mode]*Figures `json:"modes"`
+	Paired   map[string]*Ratio `json:"paired,omitempty"` // ratios of ready times, run by run: "replay/lazy"
+	Slowest  map[Mode][]string `json:"slowest"`          // the steps of each mode's slowest start
+	Typical  map[Mode][]string `json:"typical"`          // and of its median start
+	Said     map[Mode][]string `json:"said"`             // what the median start's --explain said of the trace
+	Exits    map[Mode][]int    `json:"exits"`            // status of each start, which SIGTERM ended
 
-	order []Mode
+	variants []Variant
+	typical  map[Mode]start
 }
 
 // Figures are the measurements of one mode.
@@ -76,20 +80,35 @@ func series(starts []start, f func(start) float64) *Series {
 }
 
 func (c *comparison) result() *Result {
-	r := &Result{Image: c.o.Ref, Runs: c.o.Runs, Modes: map[Mode]*Figures{}, Paired: map[string]*Series{}, Slowest: map[Mode][]string{}, order: c.o.Modes}
+	r := &Result{
+		Image: c.o.Ref, Runs: c.o.Runs, Modes: map[Mode]*Figures{}, Paired: map[string]*Ratio{}, Slowest: map[Mode][]string{},
+		Typical: map[Mode][]string{}, Said: map[Mode][]string{}, Exits: map[Mode][]int{},
+		variants: c.o.Variants, typical: map[Mode]start{},
+	}
 	if c.o.Link != nil {
 		r.Link = c.o.Link.Spec().String()
 	}
-	for _, m := range c.o.Modes {
-		starts := c.starts[m]
-		report := starts[0].Report
-		r.Manifest, r.Layers, r.Workload = report.Manifest, report.Layers, report.Workload
-		r.Modes[m], r.Slowest[m] = figures(starts), slowest(starts)
-		if m != Lazy && len(c.starts[Lazy]) > 0 {
-			r.Paired[fmt.Sprintf("%s/%s", m, Lazy)] = ratios(starts, c.starts[Lazy])
+	for _, v := range c.o.Variants {
+		r.add(v, c.starts[v.Name])
+		if base := c.starts[v.Against]; v.Against != v.Name && len(base) > 0 {
+			r.Paired[pair(v)] = ratios(c.starts[v.Name], base)
 		}
 	}
 	return r
+}
+
+// pair is the key of a variant in Result.Paired.
+func pair(v Variant) string { return fmt.Sprintf("%s/%s", v.Name, v.Against) }
+
+func (r *Result) add(v Variant, starts []start) {
+	sorted := slices.SortedFunc(slices.Values(starts), func(a, b start) int { return cmp.Compare(a.Ready, b.Ready) })
+	typical, slowest := sorted[(len(sorted)-1)/2], sorted[len(sorted)-1]
+	r.Manifest, r.Layers, r.Workload = typical.Report.Manifest, typical.Report.Layers, typical.Report.Workload
+	r.Modes[v.Name], r.typical[v.Name] = figures(starts), typical
+	r.Typical[v.Name], r.Slowest[v.Name], r.Said[v.Name] = steps(typical), steps(slowest), typical.Said
+	for _, s := range starts {
+		r.Exits[v.Name] = append(r.Exits[v.Name], s.Exit)
+	}
 }
 
 func figures(starts []start) *Figures {
@@ -105,9 +124,8 @@ func figures(starts []start) *Figures {
 	}
 }
 
-// slowest gives the steps of the slowest start.
-func slowest(starts []start) (steps []string) {
-	s := slices.MaxFunc(starts, func(a, b start) int { return cmp.Compare(a.Ready, b.Ready) })
+// steps are the phases of a start.
+func steps(s start) (steps []string) {
 	for _, p := range s.Report.Phases {
 		steps = append(steps, fmt.Sprintf("%s %v", p.Name, p.At.Round(time.Millisecond)))
 	}
@@ -115,12 +133,12 @@ func slowest(starts []start) (steps []string) {
 }
 
 // ratios pairs the ready times of the same round.
-func ratios(a, b []start) *Series {
+func ratios(a, b []start) *Ratio {
 	var rs []float64
 	for i := range min(len(a), len(b)) {
 		rs = append(rs, a[i].Ready.Seconds()/b[i].Ready.Seconds())
 	}
-	return newSeries(rs)
+	return newRatio(rs)
 }
 
 // WriteJSON prints the result for machines.
@@ -139,16 +157,16 @@ func (r *Result) WriteTable(w io.Writer) error {
 	fmt.Fprintf(w, "\n%s, %d layers%s, %d cold starts a mode, medians\n\n", r.Workload, r.Layers, link, r.Runs)
 	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "start\tready\tof lazy\twaiting for bytes\trequests\tbytes\tone request alone\tserved by prefetch\t")
-	for _, m := range r.order {
-		f := r.Modes[m]
+	for _, v := range r.variants {
+		f := r.Modes[v.Name]
 		ratio, served := "", ""
-		if p := r.Paired[fmt.Sprintf("%s/%s", m, Lazy)]; p != nil {
+		if p := r.Paired[pair(v)]; p != nil {
 			ratio = fmt.Sprintf("%.2f", p.Median)
 		}
-		if m == Replay {
+		if v.Trace != "none" {
 			served = fmt.Sprintf("%.1f %%", 100*f.Coverage.Median)
 		}
-		fmt.Fprintf(t, "%s\t%.2f s\t%s\t%.2f s\t%.0f\t%.1f MB\t%.2f s\t%s\t\n", m, f.Ready.Median, ratio,
+		fmt.Fprintf(t, "%s\t%.2f s\t%s\t%.2f s\t%.0f\t%.1f MB\t%.2f s\t%s\t\n", v.Name, f.Ready.Median, ratio,
 			f.Stall.Median, f.Requests.Median, f.Bytes.Median/1e6, f.Serial.Median, served)
 	}
 	if err := t.Flush(); err != nil {

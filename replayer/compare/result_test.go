@@ -41,7 +41,8 @@ func sampleStart(ready time.Duration, coverage float64) start {
 }
 
 func sampleResult() *Result {
-	c := &comparison{o: Options{Ref: "registry.example.com/app:1", Runs: 3, Modes: Modes}, starts: map[Mode][]start{}}
+	variants, _ := fillVariants(nil, false)
+	c := &comparison{o: Options{Ref: "registry.example.com/app:1", Runs: 3, Variants: variants}, starts: map[Mode][]start{}}
 	for i := range 3 {
 		d := time.Duration(i) * 100 * time.Millisecond
 		c.starts[Lazy] = append(c.starts[Lazy], sampleStart(2*time.Second+d, 0))
@@ -62,7 +63,7 @@ func TestResultForMachines(t *testing.T) {
 		}
 	}
 	require.NoError(t, json.Unmarshal(b.Bytes(), &got))
-	for _, mode := range Modes {
+	for _, mode := range []Mode{Lazy, Replay, Warm} {
 		for _, key := range []string{"ready_seconds", "stall_seconds", "requests", "bytes", "coverage", "accuracy"} {
 			require.Len(t, got.Modes[string(mode)][key].Runs, 3, "%s %s", mode, key)
 		}
@@ -87,8 +88,11 @@ func TestOptions(t *testing.T) {
 		o    Options
 		want string
 	}{
-		"runs": {Options{Runs: -1}, "not between"},
-		"mode": {Options{Modes: []Mode{"tepid"}}, `unknown mode "tepid"`},
+		"runs":  {Options{Runs: -1}, "not between"},
+		"name":  {Options{Variants: []Variant{{}}}, "a name that no other has"},
+		"twice": {Options{Variants: []Variant{{Name: Lazy}, {Name: Lazy}}}, `variant "lazy": a name that no other has`},
+		"link":  {Options{Variants: []Variant{{Name: "bad", Fault: EverySecondPrefetch}}}, "faults need a link"},
+		"room":  {Options{Variants: []Variant{{Name: Warm, Warm: true, Room: 1}}}, "share a directory"},
 	} {
 		_, err := tc.o.fill()
 		require.ErrorContains(t, err, tc.want, name)
