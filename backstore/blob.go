@@ -53,6 +53,9 @@ type Blob struct {
 	read    blocksRead
 	used    []atomic.Uint32
 	opened  time.Time
+	// tailFrom is where the bytes begin that this process has fetched to open
+	// the layer, size if none.
+	tailFrom atomic.Int64
 	touched time.Time // the live map, by Cache.maintain
 
 	// live is nil while there is none. It is set and unset under mu, and is
@@ -91,6 +94,7 @@ func newBlob(c *Cache, d digest.Digest, size int64, f Fetcher, file *os.File, ba
 		used:   make([]atomic.Uint32, (size+regionSize-1)/regionSize),
 		opened: time.Now(),
 	}
+	b.tailFrom.Store(size)
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	return b
 }

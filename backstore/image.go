@@ -296,7 +296,7 @@ func (b *Blob) demanded(off, n int64) Origin {
 		b.wanted.addAll(from, to)
 		b.touch(off, n)
 	}
-	if b.ahead.next(from, to, true) < to {
+	if off >= b.tailFrom.Load() || b.ahead.next(from, to, true) < to {
 		return FromPrefetch
 	}
 	return FromCache

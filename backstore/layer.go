@@ -182,6 +182,7 @@ func (s LayerSource) Ask() {
 	from, to := b.chunksOf(b.size-b.tail(s.Tail), b.tail(s.Tail))
 	to = min(to, b.chunks)
 	if first := b.nextMissing(from, to); first < to {
+		b.tailFrom.Store(first * b.chunk)
 		b.start(newFlight(b, first*b.chunk, min(b.nextHeld(first, to)*b.chunk, b.size), Demand))
 	}
 }
@@ -204,6 +205,7 @@ func (b *Blob) fetchTail(ctx context.Context, known int64) error {
 	if n == 0 || b.has(b.size-n, n) {
 		return ctx.Err()
 	}
+	b.tailFrom.Store(min(b.tailFrom.Load(), b.size-n))
 	// A running fetch is not tied to ctx: other openings may share it.
 	done := make(chan error, 1)
 	b.wg.Add(1)

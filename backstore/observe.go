@@ -12,7 +12,8 @@ const (
 	FromLocal Origin = iota
 	// FromCache is the chunk cache, filled by earlier demand.
 	FromCache
-	// FromPrefetch is the chunk cache, filled ahead of demand.
+	// FromPrefetch is the chunk cache, filled ahead of demand: by a prefetch, or
+	// by this process with what it needed to open the layer.
 	FromPrefetch
 	// FromFlight is a prefetch that was under way, and waited for.
 	FromFlight

@@ -116,8 +116,9 @@ func (s Stats) Add(o Stats) Stats {
 	return sum
 }
 
-// Coverage is the share of demand bytes of remote layers that a prefetch had
-// brought, or was bringing, when they were asked for; 1 without demand.
+// Coverage is the share of demand bytes of remote layers that a prefetch, or
+// the opening of the layers, had brought when they were asked for, or was
+// bringing; 1 without demand.
 func (s Stats) Coverage() float64 {
 	var all, ahead int64
 	for name, d := range s.Demand {

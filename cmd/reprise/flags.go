@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -26,7 +27,8 @@ import (
 type nodeFlags struct {
 	root, transport, hostsDir, platform string
 	plainHTTP                           bool
-	cacheSize, chunkSize                int64
+	cacheSize, chunkSize, decodedSize   int64
+	prefetch                            backstore.Limits
 	retryFor, outageFor                 time.Duration
 	noDevice                            bool // the command itself reads
 }
@@ -38,6 +40,10 @@ func (f *nodeFlags) add(cmd *cobra.Command) {
 	fs.StringVar(&f.platform, "platform", "", "os/arch[/variant] of a multi-platform image (default: this machine's)")
 	fs.Int64Var(&f.cacheSize, "cache-size", backstore.DefaultCacheBytes, "bytes of image data kept on this node")
 	fs.Int64Var(&f.chunkSize, "chunk-size", backstore.DefaultChunkSize, "granularity of the chunk cache, bytes")
+	fs.Int64Var(&f.decodedSize, "decoded-size", backstore.DefaultDecodedBytes, "bytes of decoded blocks kept in memory, for images with blocks of more than 4 KiB; 0 for none")
+	fs.Int64Var(&f.prefetch.Rate, "prefetch-rate", 0, "bytes a second that replays and downloads take at most, 0 for what the link has")
+	fs.Int64Var(&f.prefetch.InFlight, "prefetch-in-flight", 0, "bytes that they have asked for and not yet received, at most; 0 for what keeps the link busy")
+	fs.IntVar(&f.prefetch.PerMinute, "requests-per-minute", 0, "requests that a registry allows: replays and downloads keep to it, reads count but never wait; 0 for any number")
 	fs.DurationVar(&f.retryFor, "retry-for", time.Minute, "how long opening an image asks again for what the registry does not give; and reads, unless --outage is given")
 	fs.DurationVar(&f.outageFor, "outage", 0, "how long reads wait for a registry that is away, 0 for as long as it takes")
 	f.addRegistry(cmd)
@@ -62,6 +68,14 @@ func (f *nodeFlags) check(cmd *cobra.Command) error {
 		return usagef(cmd, "--cache-size %d: at least 1", f.cacheSize)
 	case f.chunkSize < 512 || f.chunkSize > 1<<20 || f.chunkSize&(f.chunkSize-1) != 0:
 		return usagef(cmd, "--chunk-size %d: a power of two from 512 to %d", f.chunkSize, 1<<20)
+	case f.decodedSize < 0:
+		return usagef(cmd, "--decoded-size %d: it cannot be negative", f.decodedSize)
+	case f.prefetch.Rate < 0:
+		return usagef(cmd, "--prefetch-rate %d: it cannot be negative", f.prefetch.Rate)
+	case f.prefetch.InFlight < 0:
+		return usagef(cmd, "--prefetch-in-flight %d: it cannot be negative", f.prefetch.InFlight)
+	case f.prefetch.PerMinute < 0:
+		return usagef(cmd, "--requests-per-minute %d: it cannot be negative", f.prefetch.PerMinute)
 	case f.retryFor < 1:
 		return usagef(cmd, "--retry-for %v: more than nothing", f.retryFor)
 	case f.outageFor < 0:
@@ -85,8 +99,11 @@ func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
 	}
 	return node.Open(&node.Config{
 		Root: f.root, Registry: f.registry(), Platform: f.platform, Transport: f.transport,
-		Cache: backstore.CacheOptions{MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor, Outage: f.outage(cmd)},
-		Tool:  tool(), Log: logger(cmd),
+		Cache: backstore.CacheOptions{
+			MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor, Outage: f.outage(cmd),
+			Background: f.prefetch, DecodedBytes: cmp.Or(f.decodedSize, -1), // there, 0 is the default
+		},
+		Tool: tool(), Log: logger(cmd),
 	})
 }
 
@@ -100,7 +117,9 @@ func (f *nodeFlags) outage(cmd *cobra.Command) time.Duration {
 }
 
 // processFlags are those of a server as a whole, not of one image.
-var processFlags = []string{"cache-size", "chunk-size", "retry-for", "outage"}
+var processFlags = []string{
+	"cache-size", "chunk-size", "decoded-size", "prefetch-rate", "prefetch-in-flight", "requests-per-minute", "retry-for", "outage",
+}
 
 // ofProcess are the process flags that were given, as arguments of a server.
 func (f *nodeFlags) ofProcess(cmd *cobra.Command) (args []string) {

@@ -160,6 +160,8 @@ func (im *Image) explainLookup(r *replaying, done bool) string {
 
 func explainResult(got replayer.Result) string {
 	switch {
+	case got.Reason == replayer.Complete && got.Wants == 0 && got.Here == 0:
+		return "not used: it names no bytes of the image"
 	case got.Reason == replayer.Complete && got.Asked == 0 && got.Here > 0:
 		return fmt.Sprintf("not needed: all of its %s were on the node", amount(got.Here))
 	case got.Reason == replayer.Complete:
