@@ -56,7 +56,7 @@ type Blob struct {
 	// tailFrom is where the bytes begin that this process has fetched to open
 	// the layer, size if none.
 	tailFrom atomic.Int64
-	touched time.Time // the live map, by Cache.maintain
+	touched  time.Time // the live map, by Cache.maintain
 
 	// live is nil while there is none. It is set and unset under mu, and is
 	// there for as long as wg is held.

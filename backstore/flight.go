@@ -365,7 +365,7 @@ func (b *Blob) ensure(off, n int64, p patience) (Origin, error) {
 }
 
 // finish waits for what begin has found. Where a prefetch fails that was
-// joined, it is fetched again as the reader's own.
+// joined, in whatever way, it is fetched again as the reader's own.
 func (b *Blob) finish(ws []waiting, off, n int64, p patience) (Origin, error) {
 	origin := FromFlight
 	if len(ws) == 0 {
@@ -373,21 +373,23 @@ func (b *Blob) finish(ws []waiting, off, n int64, p patience) (Origin, error) {
 	}
 	for {
 		var failed error
-		again := false // the failure was somebody else's
+		final := false // the failure is the reader's
 		for _, w := range ws {
 			if !w.joined || w.f.lane == Demand {
 				origin = FromFetch
 			}
-			if gaveUp, err := w.f.wait(b.ctx, w.need, p); err != nil {
-				failed, again = err, w.joined && !gaveUp
+			gaveUp, err := w.f.wait(b.ctx, w.need, p)
+			if err == nil || final {
+				continue
 			}
+			failed, final = err, !w.joined || gaveUp || w.f.lane == Demand && !retryable(err)
 		}
 		switch {
 		case b.ctx.Err() != nil && (failed != nil || !b.has(off, n)):
 			return origin, fmt.Errorf("read blob %s: %w", b.digest, errClosed)
 		case failed == nil && b.has(off, n):
 			return origin, nil
-		case failed != nil && (!retryable(failed) || !again):
+		case final:
 			return origin, failed
 		}
 		var err error

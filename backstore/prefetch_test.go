@@ -32,15 +32,22 @@ func TestPrefetchStopsWhereNothingIsKept(t *testing.T) {
 	})
 }
 
-// A reader takes over at once what a background request has failed to bring.
+// A reader takes over at once what a background request has failed to bring,
+// also where that was refused for good.
 func TestReaderTakesOverFromAPrefetch(t *testing.T) {
+	for _, fails := range []error{answer503{}, refusal{}} {
+		t.Run(fails.Error(), func(t *testing.T) { testTakeOver(t, fails) })
+	}
+}
+
+func testTakeOver(t *testing.T, fails error) {
 	synctest.Test(t, func(t *testing.T) {
 		gate := make(chan struct{})
 		o := &origin{data: testData(1 << 20)}
 		o.before = func(_, _ int64, l Lane) error {
 			if l == Background {
 				<-gate
-				return answer503{}
+				return fails
 			}
 			return nil
 		}

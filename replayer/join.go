@@ -112,24 +112,25 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 // fetched bytes in compressed blocks that the trace asks for, of the traces of
 // three images of Debian and npm packages together (a JVM, 3,000 modules of
 // Node.js, Python with numpy, scipy and pandas; lz4 blocks of 4 KiB, chunks of
-// 4 KiB), as TestGapTable prints them. They ask for 110.6 MB; pieces of 256 KiB
-// would be 766 requests, 56.0 % of use. In any order and of any length, 224
+// 512 B), as TestGapTable prints them. They ask for 96.2 MB; pieces of 256 KiB
+// would be 681 requests, 54.9 % of use. In any order and of any length, 204
 // requests would be the least with 75 %.
 //
-//	gap      any order    10ms,200mbit  30ms,1gbit   2ms,2gbit
-//	0        948  95.1 %  1168  95.1 %  948  95.1 %  965  95.1 %
-//	16 KiB   648  92.9 %  903   93.1 %  648  92.9 %  670  92.9 %
-//	32 KiB   539  90.6 %  822   91.5 %  539  90.6 %  556  90.7 %
-//	64 KiB   446  87.2 %  760   89.3 %  446  87.2 %  467  87.4 %
-//	128 KiB  372  81.6 %  700   85.2 %  372  81.6 %  413  83.3 %
-//	192 KiB  348  78.7 %  676   82.7 %  348  78.7 %  394  81.1 %
-//	256 KiB  326  75.1 %  666   81.1 %  331  75.6 %  383  79.2 %
-//	by link  487  88.6 %  686   87.7 %  355  79.6 %  425  85.1 %
+//	gap      any order     10ms,200mbit  30ms,1gbit    2ms,2gbit
+//	0        1532  98.9 %  1714  98.9 %  1532  98.9 %  1543  98.9 %
+//	16 KiB    646  95.5 %   874  95.7 %   646  95.5 %   663  95.5 %
+//	32 KiB    509  92.4 %   767  93.3 %   509  92.4 %   529  92.5 %
+//	64 KiB    405  87.9 %   696  90.5 %   405  87.9 %   425  88.2 %
+//	128 KiB   338  82.5 %   643  86.4 %   338  82.5 %   373  84.1 %
+//	192 KiB   315  79.5 %   626  84.3 %   315  79.5 %   357  82.0 %
+//	256 KiB   297  75.8 %   612  81.8 %   301  76.3 %   345  79.5 %
+//	by link   467  90.9 %   672  91.8 %   318  80.0 %   377  85.3 %
 //
 // On a short and slow link a request costs 22 KiB and each byte more delays the
 // start; on a long and fast one it costs 260 KiB, and all that accuracy allows
-// is joined. Without gaps, what is not of use are the ends of chunks: with
-// chunks of 1 KiB 98.2 % are, with 512 B 99.0 %.
+// is joined. A quarter of that cost was tried: more requests by a third to a
+// half, and no start was faster by more than 1 %. Without gaps, what is not of
+// use are the ends of chunks: with chunks of 4 KiB 95 % are.
 
 // Next returns what is to be fetched next: the first range that nobody has
 // fetched, joined with its neighbours in the blob where that is cheaper than
