@@ -191,7 +191,9 @@ func TestMountKilled(t *testing.T) {
 		server := b.server(dir)
 		require.NoError(t, unix.Kill(b.keeper(server), unix.SIGKILL))
 		require.NoError(t, unix.Kill(server, unix.SIGKILL))
-		eventually(t, "the server goes", func() bool { return len(b.processes()) == 0 })
+		// The whole of it: with its last descriptor, its environment goes before.
+		eventually(t, "the server goes", func() bool { return unix.Kill(server, 0) != nil || isZombie(server) })
+		require.Empty(t, b.processes())
 		require.NotEmpty(t, b.mounts(), "a dead mount")
 		b.ok(next...)
 		if next[0] == "mount" {
