@@ -114,8 +114,8 @@ func TestMetrics(t *testing.T) {
 	require.EqualValues(t, 1, one["reprise_demand_latency_seconds_count"])
 	require.EqualValues(t, 1, one[`reprise_demand_latency_seconds_bucket{le="+Inf"}`])
 	require.EqualValues(t, 1, one[of("image_devices", "image="+s.ref)])
-	require.EqualValues(t, 4096, one[of("image_demand_bytes_total", "image="+s.ref, "origin=cache")], "the layer came whole")
-	require.EqualValues(t, 4096, one[of("demand_bytes_total", "origin=cache")])
+	require.EqualValues(t, 4096, one[of("image_demand_bytes_total", "image="+s.ref, "origin=prefetch")], "the layer came whole")
+	require.EqualValues(t, 4096, one[of("demand_bytes_total", "origin=prefetch")])
 	require.EqualValues(t, 1, one[of("registry_requests_total", "host="+host, "lane=demand")])
 	require.EqualValues(t, 1, one[of("image_fetch_requests_total", "image="+s.ref, "lane=demand")])
 	require.Positive(t, one[of("registry_rtt_seconds", "host="+host)])
@@ -144,7 +144,7 @@ func TestMetrics(t *testing.T) {
 	third := open()
 	again := scrape(t, server)
 	notBelow(t, counters(last, false), counters(again, false))
-	require.Zero(t, again[of("image_demand_bytes_total", "image="+s.ref, "origin=cache")], "it begins anew")
+	require.Zero(t, again[of("image_demand_bytes_total", "image="+s.ref, "origin=prefetch")], "it begins anew")
 	end(third)
 }
 
