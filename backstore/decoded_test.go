@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -15,7 +13,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/stretchr/testify/require"
 
-	"github.com/reprise-project/reprise/backstore/lsmt"
 	"github.com/reprise-project/reprise/zfile"
 )
 
@@ -179,31 +176,14 @@ func TestDecodedIdle(t *testing.T) {
 	require.NotNil(t, d.find(blockKey{1, 7}))
 }
 
-// blocksImage is one layer of compressible content in blocks of 64 KiB.
+// blocksImage is one layer of compressible content.
 func blocksImage(t testing.TB, o *zfile.Options) *testImage {
-	im := &testImage{device: make([]byte, testDevice)}
+	device := make([]byte, testDevice)
 	r := rand.New(rand.NewPCG(5, 5))
-	for i := range im.device {
-		im.device[i] = byte(r.IntN(4))
+	for i := range device {
+		device[i] = byte(r.IntN(4))
 	}
-	f, err := os.Create(filepath.Join(t.TempDir(), "upper"))
-	require.NoError(t, err)
-	w, err := lsmt.CreateSparse(f, &lsmt.WritableOptions{VirtualSize: testDevice})
-	require.NoError(t, err)
-	defer w.Close()
-	_, err = w.WriteAt(im.device, 0)
-	require.NoError(t, err)
-	out, err := os.Create(filepath.Join(t.TempDir(), "blob"))
-	require.NoError(t, err)
-	defer out.Close()
-	z, err := zfile.NewWriter(out, o)
-	require.NoError(t, err)
-	require.NoError(t, w.Commit(t.Context(), z, lsmt.CommitOptions{}))
-	require.NoError(t, z.Close())
-	p, err := os.ReadFile(out.Name())
-	require.NoError(t, err)
-	im.origins = []*origin{{data: p}}
-	return im
+	return oneLayer(t, device, o)
 }
 
 var big = &zfile.Options{Algo: zfile.Zstd, BlockSize: 64 << 10}

@@ -174,8 +174,11 @@ func (e *events) ObserveRead(v ReadEvent) {
 }
 
 // bigImage is one layer whose blob is far longer than the tail.
-func bigImage(t testing.TB) *testImage {
-	im := &testImage{device: testData(testDevice)}
+func bigImage(t testing.TB) *testImage { return oneLayer(t, testData(testDevice), nil) }
+
+// oneLayer is an image of one layer with this content.
+func oneLayer(t testing.TB, device []byte, o *zfile.Options) *testImage {
+	im := &testImage{device: device}
 	f, err := os.Create(filepath.Join(t.TempDir(), "upper"))
 	require.NoError(t, err)
 	w, err := lsmt.CreateSparse(f, &lsmt.WritableOptions{VirtualSize: testDevice})
@@ -186,7 +189,7 @@ func bigImage(t testing.TB) *testImage {
 	out, err := os.Create(filepath.Join(t.TempDir(), "blob"))
 	require.NoError(t, err)
 	defer out.Close()
-	z, err := zfile.NewWriter(out, nil)
+	z, err := zfile.NewWriter(out, o)
 	require.NoError(t, err)
 	require.NoError(t, w.Commit(t.Context(), z, lsmt.CommitOptions{}))
 	require.NoError(t, z.Close())
