@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -114,9 +115,10 @@ func withOption(data, option string) string {
 	return data + "," + option
 }
 
-// Unmount unmounts dir. It fails while files below it are in use.
+// Unmount unmounts dir. It fails with EBUSY while files below it are in use,
+// which it waits some 100 ms for to pass.
 func Unmount(dir string) error {
-	if err := unmount(dir, 0); err != nil {
+	if err := unmountSoon(dir); err != nil {
 		return fmt.Errorf("unmount %s: %w", dir, feature.Privilege(err, "umount(2)"))
 	}
 	return nil
@@ -126,7 +128,7 @@ func Unmount(dir string) error {
 // of the directory tree at once and unmounts it when they are not any more.
 // Until then the device stays busy.
 func UnmountLazy(dir string) error {
-	err := unmount(dir, 0)
+	err := unmountSoon(dir)
 	if errors.Is(err, unix.EBUSY) {
 		err = unmount(dir, unix.MNT_DETACH)
 	}
@@ -135,6 +137,21 @@ func UnmountLazy(dir string) error {
 	}
 	return nil
 }
+
+// unmountSoon waits a little for a directory in use to be let go: between its
+// fork and its exec, a child of this process holds every file that was open,
+// and others look at mounts in passing (df, monitoring agents).
+func unmountSoon(dir string) (err error) {
+	for pause := time.Millisecond; ; pause *= 2 {
+		if err = unmount(dir, 0); !errors.Is(err, unix.EBUSY) || pause > busyPatience {
+			return err
+		}
+		time.Sleep(pause)
+	}
+}
+
+// busyPatience bounds the last pause of unmountSoon, and half of all its time.
+const busyPatience = 64 * time.Millisecond
 
 // unmount is umount(2) in a process of its own, as mount is.
 func unmount(dir string, flags int) error {
