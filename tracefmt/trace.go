@@ -49,6 +49,7 @@ type Header struct {
 	Start     time.Time // the zero of all times of the trace; kept in microseconds
 	ReadAhead int64     // bytes of the device's read-ahead while recording; 0 unknown
 	Space     string    // LayerSpace (also if empty) or DeviceSpace
+	Runs      int       // recordings that were merged; 0 is one
 }
 
 // A Layer is one layer of the image that was recorded.
@@ -75,7 +76,12 @@ type Event struct {
 
 	Path    string // of the file in the image that the bytes belong to; empty unknown
 	FileOff int64  // offset of Off in that file, bytes
-	Process string // that read; empty unknown
+
+	Process   string // name of the process that read; empty unknown
+	Pid       int    // of it, as the host counts; 0 unknown
+	Container string // that it was in; empty unknown
+
+	Hits int // in how many of Header.Runs recordings; 0 is one
 }
 
 // An End says why and how a recording ended.
