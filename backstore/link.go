@@ -101,9 +101,21 @@ type Estimate struct {
 	PerMinute int           // requests a minute that [CacheOptions].Background allows, 0 where any number is
 }
 
+// Piece is the longest background request on such a link in bytes: about what
+// arrives in a round trip, so that few requests fill a long and fast one; at
+// least 1 MiB and at most 4.
+func (e Estimate) Piece() int64 {
+	return min(max(int64(e.RTT.Seconds()*float64(e.Bandwidth)), maxPiece), longPiece)
+}
+
 func (l *link) estimate() Estimate {
 	l.node.mu.Lock()
 	defer l.node.mu.Unlock()
+	return l.measures()
+}
+
+// measures is estimate with node.mu held.
+func (l *link) measures() Estimate {
 	return Estimate{RTT: l.rtt, Bandwidth: int64(l.bw), PerMinute: l.sent.limit}
 }
 
@@ -142,7 +154,7 @@ func (l *link) piece() int64 {
 	if l.shy() {
 		return min(l.window(), maxPiece)
 	}
-	return maxPiece
+	return l.measures().Piece()
 }
 
 // runLength is how much one demand miss is worth fetching: about what arrives

@@ -18,8 +18,12 @@ type Want struct {
 
 // maxPiece bounds one background request, so that the head of a long range is
 // not sent together with its end, demand is never far behind one, and a long
-// link is filled by several.
-const maxPiece = 1 << 20
+// link is filled by several. On links that bring more in a round trip it is that,
+// up to longPiece.
+const (
+	maxPiece  = 1 << 20
+	longPiece = 4 << 20
+)
 
 // maxPieces is the default of PrefetchOptions.Limits.Requests.
 const maxPieces = 48
@@ -172,7 +176,7 @@ func (p *prefetcher) run(ctx context.Context) error {
 				return err
 			}
 		}
-		g, err := l.admit(ctx, p.share, maxPiece)
+		g, err := l.admit(ctx, p.share, l.piece())
 		if err != nil {
 			return err
 		}

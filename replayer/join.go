@@ -17,17 +17,13 @@ const (
 	// there without a limit, and 1.29 with 128.
 	DefaultRequests = 256
 
-	// maxPiece bounds what Next and Around return, in bytes, and minPiece is
-	// how much of it is allowed at the beginning, when the first bytes matter
-	// most: a piece is no longer than all before it.
-	maxPiece = 1 << 20
-	minPiece = 64 << 10
+	// At the beginning, when the first bytes matter most, a piece is no longer
+	// than all before it, or than this part of the longest on the link.
+	firstPiece = 16
 
 	// minAccuracy is the share of the planned bytes that has to be what the
-	// trace asks for: gaps that would make it less are not fetched. Not all
-	// that a trace asks for is read again, so it is more than the 75 % that
-	// are promised.
-	minAccuracy = 0.78
+	// trace asks for: gaps that would make it less are not fetched.
+	minAccuracy = 0.75
 )
 
 // What is assumed of a link and a registry: how many requests are under way at
@@ -35,8 +31,8 @@ const (
 const (
 	guessRTT       = 20 * time.Millisecond
 	guessBandwidth = 25 << 20 // bytes a second
-	parallel       = 16
-	requestTime    = 250 * time.Microsecond
+	parallel       = 12
+	requestTime    = 150 * time.Microsecond
 	requestBytes   = 1 << 10
 	soon           = 2 << 20 // bytes that come about together at the least
 )
@@ -80,7 +76,7 @@ func (p *Plan) terms(e backstore.Estimate) terms {
 // requests that are left, and whether it needs one for that. p.mu is held.
 func (p *Plan) budgetGap() (gap int64, tight bool) {
 	// Of the ranges that longer gaps separate, so many are left. Some end at
-	// maxPiece, or where the order parts them: half as many again.
+	// the longest piece, or where the order parts them: half as many again.
 	rest := func(joined int) float64 {
 		return 1.5 * float64(p.runs-joined) * float64(p.left) / float64(max(p.Bytes, 1))
 	}
@@ -112,49 +108,52 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 // fetched bytes in compressed blocks that the trace asks for, of the traces of
 // three images of Debian and npm packages together (a JVM, 3,000 modules of
 // Node.js, Python with numpy, scipy and pandas; lz4 blocks of 4 KiB, chunks of
-// 512 B), as TestGapTable prints them. They ask for 96.2 MB; pieces of 256 KiB
-// would be 681 requests, 54.9 % of use. In any order and of any length, 204
+// 512 B), as TestGapTable prints them. They ask for 96.1 MB; pieces of 256 KiB
+// would be 680 requests, 55.0 % of use. In any order and of any length, 204
 // requests would be the least with 75 %.
 //
 //	gap      any order     10ms,200mbit  30ms,1gbit    2ms,2gbit
-//	0        1532  98.9 %  1714  98.9 %  1532  98.9 %  1543  98.9 %
-//	16 KiB    646  95.5 %   874  95.7 %   646  95.5 %   663  95.5 %
-//	32 KiB    509  92.4 %   767  93.3 %   509  92.4 %   529  92.5 %
-//	64 KiB    405  87.9 %   696  90.5 %   405  87.9 %   425  88.2 %
-//	128 KiB   338  82.5 %   643  86.4 %   338  82.5 %   373  84.1 %
-//	192 KiB   315  79.5 %   626  84.3 %   315  79.5 %   357  82.0 %
-//	256 KiB   297  75.8 %   612  81.8 %   301  76.3 %   345  79.5 %
-//	by link   467  90.9 %   672  91.8 %   318  80.0 %   377  85.3 %
+//	0        1531  98.9 %  1698  98.9 %  1517  98.9 %  1558  98.9 %
+//	16 KiB    646  95.5 %   855  95.7 %   620  95.5 %   684  95.5 %
+//	32 KiB    509  92.4 %   748  93.3 %   478  92.3 %   548  92.5 %
+//	64 KiB    405  87.9 %   677  90.4 %   350  87.4 %   452  88.4 %
+//	128 KiB   338  82.4 %   623  86.3 %   271  81.5 %   403  84.5 %
+//	192 KiB   315  79.5 %   606  84.1 %   240  78.3 %   386  82.2 %
+//	256 KiB   297  75.8 %   593  81.8 %   216  74.4 %   373  79.9 %
+//	by link   440  89.7 %   649  92.5 %   225  75.9 %   402  87.0 %
 //
-// On a short and slow link a request costs 22 KiB and each byte more delays the
-// start; on a long and fast one it costs 260 KiB, and all that accuracy allows
-// is joined. A quarter of that cost was tried: more requests by a third to a
-// half, and no start was faster by more than 1 %. Without gaps, what is not of
-// use are the ends of chunks: with chunks of 4 KiB 95 % are.
+// On a short and slow link a request costs 25 KiB and each byte more delays the
+// start; on a long and fast one it costs 324 KiB, and all that accuracy allows
+// is joined, which takes a third of the requests of 256 KiB pieces. There the
+// simulated starts are as fast, within 1 %, as with a cap at 78 % and 235
+// requests, or with a quarter of the cost. Without gaps, what is not of use are
+// the ends of chunks: with chunks of 4 KiB 95 % are.
 
 // Next returns what is to be fetched next: the first range that nobody has
 // fetched, joined with its neighbours in the blob where that is cheaper than
 // another request. In bytes,
 //
-//	a request costs   bandwidth × (round trip / 16 + 250 µs) + 1 KiB
+//	a request costs   bandwidth × (round trip / 12 + 150 µs) + 1 KiB
 //	a gap costs       what it is long
 //	a later range     half of what it is long, since so much is what all
 //	                  between wait for it; nothing if it would be under way
 //	                  at the same time anyway
 //
-// with the link as it is measured by then. Gaps end where less than 78 % of
+// with the link as it is measured by then. Gaps end where less than 75 % of
 // the plan's bytes would be of use. When there are more ranges than
 // [Options].Requests allows for, longer gaps are joined, up to there, and a
 // later range costs a quarter.
 func (p *Plan) Next(e backstore.Estimate) (backstore.Want, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.held = p.held || p.untried()
 	if p.held || !p.advance() {
 		p.broke = p.held
 		return backstore.Want{}, false
 	}
 	a := &p.atoms[p.next]
-	limit := min(max(p.given, minPiece), maxPiece)
+	longest := e.Piece()
+	limit := min(max(p.given, longest/firstPiece), longest)
 	p.pieces++
 	w := p.take(a, p.terms(e), limit, true)
 	p.given += w.Len
@@ -215,8 +214,9 @@ func (p *Plan) joins(t terms, gap int64, b *atom, late int64) bool {
 }
 
 // Around returns what a demand miss of w is to fetch: what the plan has of it,
-// joined with what follows as [Plan.Next] does it, or w if the plan has nothing.
-// What it returns is not returned by Next any more.
+// joined with what follows as [Plan.Next] does it, or w if the plan has nothing
+// or demand is mostly elsewhere, where misses had better be read ahead of as they
+// are without a plan. What it returns is not returned by Next any more.
 func (p *Plan) Around(w backstore.Want, e backstore.Estimate) backstore.Want {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -245,7 +245,9 @@ func (p *Plan) Around(w backstore.Want, e backstore.Estimate) backstore.Want {
 		p.cut(a, w)
 	}
 	p.advance()
-	w.Len = end - w.Off
+	if !p.doubtful() {
+		w.Len = end - w.Off
+	}
 	return w
 }
 

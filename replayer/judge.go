@@ -30,6 +30,18 @@ const (
 	lateBytes = 1 << 20
 )
 
+// What a plan on trial gives out: trialBytes more than demand has met of it,
+// until that is provenBytes, and demand is not mostly elsewhere. The start of a
+// shell or of Python is the same in many workloads, and proves nothing.
+const (
+	trialBytes  = 1 << 20
+	provenBytes = 2 << 20
+)
+
+// doubtReads demand misses outside of the plan, of more than half the bytes that
+// it has brought of use, make it doubtful.
+const doubtReads = 2
+
 // meeting is how demand has met a plan.
 type meeting struct {
 	OutReads int   // misses outside of the plan
@@ -46,6 +58,22 @@ type meeting struct {
 func (m *meeting) outside(n int64) {
 	m.OutReads++
 	m.OutBytes += n
+}
+
+// met is how many bytes of the plan demand has read, as far as is known.
+func (m *meeting) met() int64 { return m.Used + m.InBytes }
+
+// doubtful tells whether demand is mostly elsewhere. p.mu is held.
+func (p *Plan) doubtful() bool {
+	return p.seen.OutReads >= doubtReads && p.seen.OutBytes > p.seen.met()/2
+}
+
+// untried tells whether a plan on trial has given out enough. p.mu is held.
+func (p *Plan) untried() bool {
+	if p.trial && p.seen.met() >= provenBytes && !p.doubtful() {
+		p.trial = false
+	}
+	return p.trial && p.given >= trialBytes+p.seen.met()
 }
 
 // meet notes a miss that touches atoms. p.mu is held.
@@ -169,7 +197,7 @@ func (p *Plan) judge(j *judge, used, brought int64) verdict {
 	if v == skip {
 		p.passed(true)
 	}
-	p.held = v == hold || v == endWrong || v == endLate
+	p.held = v == hold || v == endWrong || v == endLate || p.untried()
 	return v
 }
 

@@ -15,10 +15,10 @@ import (
 // event a line, and the judge's verdict after each group. All numbers are KiB.
 //
 //	plan                     the reads of a trace, as in testdata/plan
-//	look                     events, then the judge looks, as it does all the time
-//	    next N               so many pieces are sent, and arrive
+//	look [fetched]           events, then the judge looks, as it does all the time
+//	    next N               so many pieces are sent, if there are, and arrive
 //	    read N               demand reads so much of what was brought
-//	    miss LAYER:OFF+LEN   demand has to fetch
+//	    miss LAYER:OFF+LEN   demand has to fetch, which gives what it does fetch
 func TestJudge(t *testing.T) {
 	datadriven.Walk(t, "testdata/judge", func(t *testing.T, path string) {
 		var (
@@ -32,6 +32,7 @@ func TestJudge(t *testing.T) {
 				return s.run(t, d)
 			}
 			require.Equal(t, "look", d.Cmd)
+			var got []string
 			for line := range strings.SplitSeq(d.Input, "\n") {
 				f, n := strings.Fields(line), int64(1)
 				switch f[0] {
@@ -48,7 +49,7 @@ func TestJudge(t *testing.T) {
 					used += n << 10
 				case "miss":
 					for _, w := range f[1:] {
-						s.p.Around(parseWant(t, w), s.link)
+						got = append(got, strings.TrimSpace(wantString(s.p.Around(parseWant(t, w), s.link))))
 					}
 				default:
 					d.Fatalf(t, "unknown event %q", line)
@@ -56,6 +57,9 @@ func TestJudge(t *testing.T) {
 			}
 			v := s.p.judge(&j, used, brought)
 			out := fmt.Sprintf("%v (%s brought, %s read)\n", v, kib(brought), kib(used))
+			if d.HasArg("fetched") {
+				out += "fetched " + strings.Join(got, " ") + "\n"
+			}
 			if v == endWrong || v == endLate {
 				out += s.p.why(v) + "\n"
 			}

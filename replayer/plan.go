@@ -35,6 +35,9 @@ type Options struct {
 	// Requests is how many the replay should get by with, as far as
 	// accuracy allows: [DefaultRequests] by default, any number if negative.
 	Requests int
+	// Trial is for a trace that may be of another workload: it is believed, for
+	// the time being, only as far as demand has met it, and a little further.
+	Trial bool
 	// Chunk is the cache's chunk size in bytes, to which ranges are rounded:
 	// [backstore.DefaultChunkSize] by default.
 	Chunk int64
@@ -83,6 +86,7 @@ type Plan struct {
 	given   int64      // bytes that Next has given out
 	pieces  int        // that Next has given out
 	seen    meeting    // of demand with the plan
+	trial   bool       // not proven yet
 	held    bool       // Next gives out nothing
 	broke   bool       // it has given out nothing for that
 	skipped int64      // bytes of atoms that were left to demand, which had passed them
@@ -119,6 +123,7 @@ func NewPlan(t *tracefmt.Trace, im Image, o *Options) (*Plan, error) {
 		return nil, errors.New("plan: the trace is in device space, and has to be mapped to layers first")
 	}
 	p := &Plan{o: o.fill()}
+	p.trial = p.o.Trial
 	if err := p.addTrace(t, im); err != nil {
 		return nil, fmt.Errorf("plan: %w", err)
 	}

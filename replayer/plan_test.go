@@ -36,7 +36,7 @@ func layerInfos(sizes ...int64) (ls []backstore.LayerInfo) {
 // space but for the layers' sizes, and an image's layers are twice as long as
 // their blobs.
 //
-//	plan [gap=N] [horizon=N] [requests=N] [chunk=N] [layers=N] [unopened]
+//	plan [gap=N] [horizon=N] [requests=N] [chunk=N] [layers=N] [unopened] [trial]
 //	    the reads of a trace, one a line as LAYER:OFF+LEN
 //	next [link=DELAY,RATE] [n=N]     what is fetched next, RATE in MB/s
 //	around LAYER:OFF+LEN [link=…]    what a demand miss fetches
@@ -93,7 +93,7 @@ func (s *planScript) run(t *testing.T, d *datadriven.TestData) string {
 }
 
 func (s *planScript) plan(t *testing.T, d *datadriven.TestData) string {
-	o := Options{Chunk: 1, Requests: -1}
+	o := Options{Chunk: 1, Requests: -1, Trial: d.HasArg("trial")}
 	for key, p := range map[string]*int64{"gap": &o.Gap, "horizon": &o.Horizon, "chunk": &o.Chunk} {
 		var n int64
 		if d.MaybeScanArgs(t, key, &n) {
@@ -251,7 +251,8 @@ func TestPlanFetchesTheTraceOnce(t *testing.T) {
 					}
 				}
 			}
-			w, ok := p.Next(randomEstimate(r))
+			e := randomEstimate(r)
+			w, ok := p.Next(e)
 			if ended = !ok; ended {
 				require.Equal(t, -1, first.Layer, "seed %d", seed)
 				break
@@ -259,7 +260,7 @@ func TestPlanFetchesTheTraceOnce(t *testing.T) {
 			if w.Layer != first.Layer || first.Off < w.Off || first.Off >= w.Off+w.Len {
 				t.Fatalf("seed %d: %v does not have the first that is missing, %v", seed, w, first)
 			}
-			require.LessOrEqual(t, w.Len, int64(maxPiece))
+			require.LessOrEqual(t, w.Len, e.Piece())
 			fetch(w)
 		}
 		if exact {

@@ -137,6 +137,7 @@ func (r *replay) judge(done <-chan struct{}) {
 			return
 		case <-t.C:
 		}
+		held := r.p.isHeld()
 		now := r.blobs.Stats()
 		v := r.p.judge(&j, now.Used-r.first.Used, now.BackgroundBytes-r.first.BackgroundBytes)
 		switch {
@@ -145,7 +146,7 @@ func (r *replay) judge(done <-chan struct{}) {
 			return
 		case v == hold && last != hold:
 			r.held++
-		case v != hold && last == hold:
+		case held && !r.p.isHeld():
 			select {
 			case r.resumed <- struct{}{}:
 			default: // it was told before

@@ -86,14 +86,16 @@ func onFarSite(t *testing.T, fails func(int64) bool, test func(t *testing.T, s *
 }
 
 // plan has reads of 64 KiB all over the first blob.
-func (s *farSite) plan(t *testing.T, bytes int64) *Plan {
+func (s *farSite) plan(t *testing.T, bytes int64) *Plan { return s.planWith(t, bytes, nil) }
+
+func (s *farSite) planWith(t *testing.T, bytes int64, o *Options) *Plan {
 	tr := &tracefmt.Trace{Header: tracefmt.Header{Layers: []tracefmt.Layer{{Digest: s.infos[0].Digest}}}}
 	const read = 64 << 10
 	for i, at := range rand.New(rand.NewPCG(1, 1)).Perm(testBlob / read)[:bytes/read] {
 		off := int64(at) * read
 		tr.Events = append(tr.Events, tracefmt.Event{At: time.Duration(i), Off: off, Len: read, BlobOff: off, BlobLen: read})
 	}
-	p, err := NewPlan(tr, Unopened(s.infos), nil)
+	p, err := NewPlan(tr, Unopened(s.infos), o)
 	require.NoError(t, err)
 	return p
 }
@@ -154,6 +156,30 @@ func TestReplayOfAnotherWorkload(t *testing.T) {
 		require.Less(t, r.Asked, int64(10<<20))
 		require.Equal(t, 1, r.Held)
 		require.Positive(t, r.Outside)
+	})
+}
+
+// A trace on trial waits for demand to meet it, and is replayed whole then.
+func TestReplayOnTrial(t *testing.T) {
+	onFarSite(t, nil, func(t *testing.T, s *farSite) {
+		done := make(chan Result)
+		p := s.planWith(t, 16<<20, &Options{Trial: true})
+		go func() { done <- Replay(t.Context(), s.blobs, p) }()
+		time.Sleep(time.Minute)
+		brought := s.blobs.Stats().BackgroundBytes
+		require.GreaterOrEqual(t, brought, int64(trialBytes))
+		require.LessOrEqual(t, brought, int64(2*trialBytes))
+		require.True(t, p.isHeld())
+		for _, w := range p.Wants[:len(p.Wants)/2] {
+			_, err := s.blobs[0].ReadAt(make([]byte, w.Len), w.Off)
+			require.NoError(t, err)
+		}
+		r := <-done
+		require.Equal(t, Complete, r.Reason)
+		require.Zero(t, r.Held, "it was never wrong")
+		for _, w := range p.Wants {
+			require.True(t, s.blobs.Has(w))
+		}
 	})
 }
 

@@ -78,7 +78,7 @@ func (o *SimOptions) fill() (SimOptions, error) {
 		return f, errors.New("round trips: not from 0 to 1000")
 	case f.Copies < 0 || f.Copies > maxCopies:
 		return f, fmt.Errorf("%d copies: not from 1 to %d", f.Copies, maxCopies)
-	case f.Scheduler.Chunk < 512 || f.Scheduler.Piece < f.Scheduler.Chunk:
+	case f.Scheduler.Chunk < 512, f.Scheduler.Piece != 0 && f.Scheduler.Piece < f.Scheduler.Chunk:
 		return f, fmt.Errorf("chunks of %d bytes in pieces of %d: at least 512, and one in a piece", f.Scheduler.Chunk, f.Scheduler.Piece)
 	}
 	return f, nil

@@ -229,7 +229,7 @@ func (b *simBlob) missEnd(off, need int64) int64 {
 	for _, p := range b.plans {
 		w := backstore.Want{Layer: p.layer, Off: off, Len: need - off}
 		if around := p.plan.Around(w, b.h.estimate()); around != w {
-			planned = max(planned, min(around.Off+around.Len, off+b.h.o.Piece))
+			planned = max(planned, min(around.Off+around.Len, off+simMaxPulled))
 		}
 	}
 	if planned > 0 {
@@ -247,8 +247,9 @@ func (b *simBlob) missing(off, end int64) (from, to int64, ok bool) {
 		}
 		f := b.flightAt(at * b.chunk)
 		if f == nil {
-			limit := min(stop, at+b.h.o.Piece/b.chunk)
-			if stop-limit < b.h.o.Piece/2/b.chunk {
+			piece := b.h.piece()
+			limit := min(stop, at+piece/b.chunk)
+			if stop-limit < piece/2/b.chunk {
 				limit = stop // rather than a short piece
 			}
 			return at * b.chunk, b.clip(at*b.chunk, limit*b.chunk), true

@@ -29,7 +29,7 @@ func (l Link) wireTime(n int64) time.Duration {
 // can change. A zero field means what the backstore has.
 type Scheduler struct {
 	Window float64 // prefetch under way, in bandwidth × delay; 1.5
-	Piece  int64   // the most bytes of a prefetch request; 1 MiB
+	Piece  int64   // the most bytes of a prefetch request; [backstore.Estimate.Piece]
 	Pieces int     // prefetch requests of one image under way; 48
 	MinRun int64   // the least that a demand miss fetches; 64 KiB
 	MaxRun int64   // the most, before a stream is recognised; 1 MiB
@@ -38,6 +38,7 @@ type Scheduler struct {
 
 // The rest of what backstore's link.go has.
 const (
+	simMaxPulled      = 1 << 20
 	simGuessRTT       = 10 * time.Millisecond
 	simGuessBandwidth = 128e6
 	simModest         = 64e6
@@ -58,9 +59,6 @@ const (
 func (s Scheduler) fill() Scheduler {
 	if s.Window <= 0 {
 		s.Window = 1.5
-	}
-	if s.Piece <= 0 {
-		s.Piece = 1 << 20
 	}
 	if s.Pieces <= 0 {
 		s.Pieces = 48
@@ -326,6 +324,9 @@ func (h *simHost) demands(lane backstore.Lane, by int) {
 func (h *simHost) estimate() backstore.Estimate {
 	return backstore.Estimate{RTT: h.rtt, Bandwidth: int64(h.bw)}
 }
+
+// piece is the most that a prefetch request asks for.
+func (h *simHost) piece() int64 { return cmp.Or(h.o.Piece, h.estimate().Piece()) }
 
 func (h *simHost) bdp() int64 { return int64(h.delay().Seconds() * max(h.bw, h.guess)) }
 

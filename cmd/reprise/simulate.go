@@ -52,7 +52,7 @@ a trace from a cold one also has in it what its requests cost.`,
 	fs.DurationVar(&f.o.StartCPU, "start-cpu", 20*time.Millisecond, "from the command until the image is open, without the registry")
 	fs.IntVar(&f.o.Lookup, "lookup", 1, "round trips from the manifest to the trace")
 	fs.Float64Var(&f.o.Scheduler.Window, "window", 1.5, "prefetch under way, in bandwidth × delay")
-	fs.StringVar(&f.piece, "piece", "1M", "the most that one prefetch request asks for, bytes, or with K or M")
+	fs.StringVar(&f.piece, "piece", "", "the most that one prefetch request asks for, bytes, or with K or M (default: what a round trip brings, 1M to 4M)")
 	fs.BoolVar(&f.json, "json", false, "print JSON")
 	return cmd
 }
@@ -112,6 +112,9 @@ func (f *simulateFlags) check(cmd *cobra.Command) (err error) {
 	}
 	if f.o.StartCPU == 0 {
 		f.o.StartCPU = -1
+	}
+	if f.piece == "" {
+		return nil
 	}
 	f.o.Scheduler.Piece, err = parseSize(f.piece)
 	if err != nil || f.o.Scheduler.Piece < 4<<10 {

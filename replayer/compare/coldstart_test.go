@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -28,6 +29,7 @@ const (
 	envImages    = "REPRISE_COLDSTART_IMAGES"  // java python node
 	envLinks     = "REPRISE_COLDSTART_LINKS"   // 10ms,200mbit 30ms,1gbit …
 	envRuns      = "REPRISE_COLDSTART_RUNS"    // of each cell
+	envStarts    = "REPRISE_COLDSTART_STARTS"  // of adversarial, several with commas between; by default all
 	envProgram   = "REPRISE_COLDSTART_PROGRAM" // built from this tree by default
 )
 
@@ -270,12 +272,30 @@ func (b *coldBench) adversarial() {
 	}
 	for _, name := range images {
 		other := b.otherThan(name)
-		r := b.compare(name, b.links[0], Adversaries(Traces{
+		starts := Adversaries(Traces{
 			Workload: b.site.path(name + ".other.trace"), Image: b.site.path(other + ".trace"), Truncated: b.site.path(name + ".truncated.trace"),
-		}, adversarialRoom), b.count(10))
+		}, adversarialRoom)
+		r := b.compare(name, b.links[0], chosen(starts, os.Getenv(envStarts)), b.count(10))
 		b.keep("adversarial-"+name+"-"+b.links[0], r)
 		require.NoError(b.t, writeAdversarial(os.Stdout, name, r))
 	}
+}
+
+// chosen are the variants that names has, and what these are compared with.
+func chosen(vs []Variant, names string) []Variant {
+	if names == "" {
+		return vs
+	}
+	wanted := map[Mode]bool{Lazy: true}
+	for name := range strings.SplitSeq(names, ",") {
+		wanted[Mode(name)] = true
+	}
+	for _, v := range vs {
+		if wanted[v.Name] && v.Against != "" {
+			wanted[v.Against] = true
+		}
+	}
+	return slices.DeleteFunc(vs, func(v Variant) bool { return !wanted[v.Name] })
 }
 
 // maxSaid bounds what a line of a table has of a reason, in bytes.

@@ -16,12 +16,13 @@ import (
 
 // lookup is a search for a trace that runs beside the opening of its image.
 type lookup struct {
-	cancel context.CancelFunc
-	of     digest.Digest // the manifest whose trace it is
-	done   chan struct{}
-	trace  *tracefmt.Trace // nil if there is none
-	why    string          // why not, or where it is from
-	failed bool            // there is none, though one was named or is to be expected
+	cancel  context.CancelFunc
+	of      digest.Digest // the manifest whose trace it is
+	done    chan struct{}
+	trace   *tracefmt.Trace // nil if there is none
+	why     string          // why not, or where it is from
+	failed  bool            // there is none, though one was named or is to be expected
+	foreign bool            // it is of another workload, or does not say of which
 }
 
 // end gives the lookup up and waits for its end.
@@ -64,6 +65,10 @@ func (n *Node) startLookup(ctx context.Context, im *Image, o ImageOptions, confi
 		defer close(l.done)
 		t, why, err := n.findTrace(ctx, im, l.of, o, config)
 		l.trace, l.why = t, why
+		if t != nil && config != nil {
+			<-config
+			l.foreign = t.Workload != im.workload(o)
+		}
 		if err != nil {
 			l.why, l.failed = err.Error(), true
 		}

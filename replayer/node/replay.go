@@ -19,10 +19,11 @@ type replaying struct {
 	planned chan struct{} // closed: it begins, or is known never to
 	done    chan struct{} // closed: what follows is final
 
-	trace  *tracefmt.Trace // after planned; nil if there is none
-	plan   *replayer.Plan  // after planned; nil if there is none
-	why    error           // after planned: why there is a trace and no plan
-	result replayer.Result // after done
+	trace   *tracefmt.Trace // after planned; nil if there is none
+	foreign bool            // after planned: it is of another workload
+	plan    *replayer.Plan  // after planned; nil if there is none
+	why     error           // after planned: why there is a trace and no plan
+	result  replayer.Result // after done
 }
 
 // end gives the replay up and waits for its end.
@@ -67,8 +68,9 @@ func (n *Node) runReplay(ctx context.Context, r *replaying, im *Image, blobs bac
 		}
 		return
 	}
+	o.Trial = o.Trial || im.trace.foreign
 	p, err := planReplay(ctx, t, im, blobs, o, opened)
-	r.trace, r.plan, r.why = t, p, err
+	r.trace, r.foreign, r.plan, r.why = t, im.trace.foreign, p, err
 	close(r.planned)
 	if err != nil {
 		r.result.Reason = err.Error()
@@ -185,6 +187,9 @@ func brought(got replayer.Result) string {
 func (r *replaying) misfit() (says string) {
 	if n := len(r.trace.Layers); r.plan.Missing > 0 {
 		says = fmt.Sprintf(", of a part: %d of its %d layers are the image's, %.0f %% of its bytes", n-r.plan.Missing, n, 100*r.plan.Coverage())
+	}
+	if r.foreign {
+		says += ", of another workload: followed only as far as reads meet it"
 	}
 	if r.trace.End == nil {
 		says += ", cut off: it has no end"
