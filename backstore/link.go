@@ -25,6 +25,7 @@ const (
 	minWindow      = 256 << 10
 	straying       = 4 // round trips after a miss that no plan has in which another one is expected
 	maxWindow      = 16 << 20
+	resentful      = 10 * time.Minute       // for which a 429 is remembered
 	maxDemand      = 64                     // demand fetches in flight, a host
 	maxBackground  = 64                     // background fetches in flight, a host
 	quantum        = 64 << 10               // bytes a stream that nobody waits for reads between two looks at demand
@@ -67,6 +68,7 @@ type link struct {
 	joined    int           // background fetches that are waited for
 	calm      chan struct{} // closed when nothing is waited for any more
 	strayed   time.Time     // when a read last missed what no plan has
+	throttled time.Time     // when the host last asked to be left alone
 
 	bgOut int64        // background bytes asked for and not yet received
 	under int          // background requests under way
@@ -99,6 +101,7 @@ type Estimate struct {
 	RTT       time.Duration // least time from a request to its first byte
 	Bandwidth int64         // bytes a second while bytes come; 0 while unknown
 	PerMinute int           // requests a minute that [CacheOptions].Background allows, 0 where any number is
+	Throttled bool          // the host has asked to be left alone of late: requests are what it has too few of
 }
 
 // Piece is the longest background request on such a link in bytes: about what
@@ -116,7 +119,10 @@ func (l *link) estimate() Estimate {
 
 // measures is estimate with node.mu held.
 func (l *link) measures() Estimate {
-	return Estimate{RTT: l.rtt, Bandwidth: int64(l.bw), PerMinute: l.sent.limit}
+	return Estimate{
+		RTT: l.rtt, Bandwidth: int64(l.bw), PerMinute: l.sent.limit,
+		Throttled: !l.throttled.IsZero() && time.Since(l.throttled) < resentful,
+	}
 }
 
 // bdp is bandwidth × delay in bytes, from guesses where nothing is measured.
@@ -145,6 +151,13 @@ func (l *link) stray() {
 	l.node.mu.Lock()
 	defer l.node.mu.Unlock()
 	l.strayed = time.Now()
+}
+
+// throttle notes that the host has asked to be left alone.
+func (l *link) throttle() {
+	l.node.mu.Lock()
+	defer l.node.mu.Unlock()
+	l.throttled = time.Now()
 }
 
 // piece is the longest background request at the moment.

@@ -271,3 +271,15 @@ func TestReadaheadGrowsForForwardReaders(t *testing.T) {
 	}
 	require.EqualValues(t, base, r.next(off+2<<20, off+2<<20+1, base), "forgotten among many")
 }
+
+// A host's 429 is remembered for a while.
+func TestThrottled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := measuredLink(Limits{})
+		require.False(t, l.estimate().Throttled)
+		l.throttle()
+		require.True(t, l.estimate().Throttled)
+		time.Sleep(resentful)
+		require.False(t, l.estimate().Throttled)
+	})
+}

@@ -103,6 +103,9 @@ func (f *flight) lastError() error {
 // the rest himself, and at once.
 func (b *Blob) putUpWith(f *flight, begun time.Time, err error) error {
 	n := f.failed(begun, err)
+	if retryAfter(err) > 0 {
+		b.link.throttle()
+	}
 	o := &b.link.outage
 	if f.lane == Background && retryAfter(err) == 0 {
 		o = &b.link.behind // nothing that readers need to be held up for

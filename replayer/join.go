@@ -35,6 +35,7 @@ const (
 	requestTime    = 150 * time.Microsecond
 	requestBytes   = 1 << 10
 	soon           = 2 << 20 // bytes that come about together at the least
+	throttledCost  = 1 << 20 // of a request where the host has had too many
 )
 
 // terms are what ranges are joined by.
@@ -62,6 +63,9 @@ func (p *Plan) terms(e backstore.Estimate) terms {
 		if gap, tight := p.budgetGap(); tight {
 			t.gap, t.late = max(t.gap, min(gap, p.cap)), 4
 		}
+	}
+	if e.Throttled { // each request may be the last for a minute
+		t.gap, t.cost = p.cap, max(t.cost, throttledCost)
 	}
 	if p.o.Gap != 0 {
 		t.gap = max(0, p.o.Gap)
@@ -142,7 +146,8 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 // with the link as it is measured by then. Gaps end where less than 75 % of
 // the plan's bytes would be of use. When there are more ranges than
 // [Options].Requests allows for, longer gaps are joined, up to there, and a
-// later range costs a quarter.
+// later range costs a quarter. Where the host has answered 429 of late a request
+// costs a megabyte at least.
 func (p *Plan) Next(e backstore.Estimate) (backstore.Want, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -38,7 +38,7 @@ func layerInfos(sizes ...int64) (ls []backstore.LayerInfo) {
 //
 //	plan [gap=N] [horizon=N] [requests=N] [chunk=N] [layers=N] [unopened] [trial]
 //	    the reads of a trace, one a line as LAYER:OFF+LEN
-//	next [link=DELAY,RATE] [n=N]     what is fetched next, RATE in MB/s
+//	next [link=DELAY,RATE] [throttled] [n=N]    what is fetched next, RATE in MB/s
 //	around LAYER:OFF+LEN [link=…]    what a demand miss fetches
 //	here LAYER:OFF+LEN …             what is on the node when the replay begins
 func TestPlan(t *testing.T) {
@@ -63,6 +63,7 @@ func (s *planScript) run(t *testing.T, d *datadriven.TestData) string {
 		s.link = backstore.Estimate{}
 		return s.plan(t, d)
 	case "next":
+		s.link.Throttled = d.HasArg("throttled")
 		n := -1
 		d.MaybeScanArgs(t, "n", &n)
 		for ; n != 0; n-- {

@@ -179,6 +179,7 @@ func TestTraceFiles(t *testing.T) {
 		{filepath.Join(dir, "missing"), "no such file", "no trace is replayed"},
 		{"sha256:" + strings.Repeat("0", 64), "404", "no trace is replayed"},
 	}
+	before := s.n.outcomes.read()
 	for _, tt := range tests {
 		s.log.Reset()
 		im := s.open(t, ImageOptions{Trace: tt.trace})
@@ -189,4 +190,9 @@ func TestTraceFiles(t *testing.T) {
 			require.Empty(t, s.log.String())
 		}
 	}
+	now := s.n.outcomes.read()
+	require.EqualValues(t, 1, now[replayComplete]-before[replayComplete])
+	require.EqualValues(t, 1, now[replayUnused]-before[replayUnused], "of another image")
+	require.EqualValues(t, 4, now[replayNone]-before[replayNone])
+	require.Contains(t, scrape(t, NewServer(s.n, nil)), `reprise_replays_total{outcome="stopped"}`)
 }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"maps"
 	"math"
 	"net/http"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/reprise-project/reprise/backstore"
+	"github.com/reprise-project/reprise/replayer"
 )
 
 // metrics are a server's figures for Prometheus: those of the process, which
@@ -112,12 +114,62 @@ func (m *metrics) read() figures {
 	return all
 }
 
+// outcomes counts how replays have ended.
+type outcomes struct {
+	mu sync.Mutex // guards n
+	n  map[string]int64
+}
+
+// The values of the label outcome.
+const (
+	replayComplete = "complete"
+	replayStopped  = "stopped"
+	replayFailed   = "failed"
+	replayUnused   = "unused"
+	replayNone     = "none"
+)
+
+func (o *outcomes) add(outcome string) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.n == nil {
+		o.n = map[string]int64{}
+	}
+	o.n[outcome]++
+}
+
+// read gives all outcomes, also those that were not seen.
+func (o *outcomes) read() map[string]int64 {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	all := map[string]int64{replayComplete: 0, replayStopped: 0, replayFailed: 0, replayUnused: 0, replayNone: 0}
+	maps.Copy(all, o.n)
+	return all
+}
+
+// outcome is how an image's replay has ended.
+func (r *replaying) outcome() string {
+	switch {
+	case r.trace == nil:
+		return replayNone
+	case r.plan == nil:
+		return replayUnused
+	case r.result.Reason == replayer.Complete:
+		return replayComplete
+	case r.result.Failed > 0:
+		return replayFailed
+	}
+	return replayStopped
+}
+
 // Labels. Those of origin are the values of [backstore.Origin].
 const (
 	labelOrigin = "origin"
 	labelImage  = "image"
 	labelHost   = "host"
 	labelLane   = "lane"
+
+	labelOutcome = "outcome"
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -132,6 +184,7 @@ var (
 	descBytes   = describe("demand_bytes_total", "Bytes, uncompressed, that processes have asked for, by where they came from.", labelOrigin)
 	descWait    = describe("demand_wait_seconds_total", "Time that reads have waited for bytes, added up over all of them, by where the bytes came from.", labelOrigin)
 	descStall   = describe("demand_stall_seconds_total", "Time during which at least one read of an image waited for bytes, added up over images.")
+	descReplays = describe("replays_total", "Replays that have ended: complete, stopped (it did no good, or the container ended first), failed (some requests did), unused (a trace that does not fit) or none (no trace).", labelOutcome)
 	descLatency = describe("demand_latency_seconds", "How long reads of devices that touch remote layers waited until their bytes were on the node.")
 )
 
@@ -184,6 +237,9 @@ func (s *Server) Collect(ch chan<- prometheus.Metric) {
 	if s.n == nil {
 		return
 	}
+	for o, n := range s.n.outcomes.read() {
+		c.counter(descReplays, float64(n), o)
+	}
 	for _, h := range s.n.cache.Hosts() {
 		c.host(&h)
 	}
@@ -192,7 +248,7 @@ func (s *Server) Collect(ch chan<- prometheus.Metric) {
 // Describe implements [prometheus.Collector].
 func (s *Server) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descBuild, descReads, descBytes, descWait, descStall, descLatency,
+		descBuild, descReads, descBytes, descWait, descStall, descLatency, descReplays,
 		descImageDevices, descImageReads, descImageBytes, descImageWait, descImageStall, descImageRequests, descImageFetched,
 		descImageUnused, descImageCoverage, descImageAccuracy,
 		descHostRequests, descHostBytes, descHostUsed, descHostCorrupt, descHostThrottled, descHostOutages, descHostAway,

@@ -81,6 +81,7 @@ type Node struct {
 	platform *ocispec.Platform // nil for the machine's
 	cache    *backstore.Cache
 	client   *registry.Client
+	outcomes outcomes
 }
 
 // Open opens the state directory.

@@ -51,6 +51,7 @@ func (n *Node) startReplay(ctx context.Context, im *Image, blobs backstore.Stack
 		defer close(r.done)
 		defer r.cancel()
 		n.runReplay(ctx, r, im, blobs, o, opened)
+		n.outcomes.add(r.outcome())
 		n.o.Log.Info("the replay has ended", "image", im.Ref, "trace", im.explainLookup(r, true))
 	}()
 	return r
