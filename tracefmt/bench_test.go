@@ -107,3 +107,74 @@ func BenchmarkTouched(b *testing.B) {
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/extent")
 }
+
+// runsOf are recordings of one workload: most reads are the same, a few are of
+// one run only, and times vary.
+func runsOf(runs, events int) []*Trace {
+	rnd := rand.New(rand.NewPCG(9, 10))
+	base := start(events)
+	var all []*Trace
+	for range runs {
+		tr := &Trace{Header: base.Header, End: base.End}
+		for _, e := range base.Events {
+			if rnd.IntN(20) == 0 {
+				continue
+			}
+			if rnd.IntN(20) == 0 {
+				e.Off = rnd.Int64N(tr.Layers[e.Layer].Decoded-e.Len) &^ 4095
+			}
+			e.At += time.Duration(rnd.IntN(50_000)) * time.Microsecond
+			tr.Events = append(tr.Events, e)
+		}
+		all = append(all, tr)
+	}
+	return all
+}
+
+// scattered are recordings of events that never join, in random order, most of
+// them the same.
+func scattered(runs, events int) []*Trace {
+	rnd := rand.New(rand.NewPCG(11, 12))
+	base := rnd.Perm(events)
+	var all []*Trace
+	for range runs {
+		tr := &Trace{Header: Header{Layers: []Layer{layerNamed("scattered", 1<<40)}}}
+		for i, n := range base {
+			e := Event{At: time.Duration(i*100+rnd.IntN(50_000)) * time.Microsecond, Off: int64(n) * 16384, Len: 4096}
+			if rnd.IntN(20) == 0 {
+				e.Off += 8192
+			}
+			tr.Events = append(tr.Events, e)
+		}
+		all = append(all, tr)
+	}
+	return all
+}
+
+func BenchmarkMerge(b *testing.B) {
+	b.Run("start", func(b *testing.B) { benchmarkMerge(b, runsOf(10, 100_000)) })
+	b.Run("scattered", func(b *testing.B) { benchmarkMerge(b, scattered(10, 100_000)) })
+}
+
+func benchmarkMerge(b *testing.B, traces []*Trace) {
+	b.ReportAllocs()
+	n := 0
+	for b.Loop() {
+		got, _, err := Merge(traces, MergeUnion)
+		if err != nil {
+			b.Fatal(err)
+		}
+		n = len(got.Events)
+	}
+	b.ReportMetric(float64(n), "events")
+}
+
+func BenchmarkDiff(b *testing.B) {
+	traces := scattered(2, 100_000)
+	b.ReportAllocs()
+	for b.Loop() {
+		if d := Diff(traces[0], traces[1]); d.Both == 0 {
+			b.Fatal("nothing in common")
+		}
+	}
+}

@@ -13,10 +13,16 @@
 // appends to such a file while the start is running; [Encode] writes the
 // compacted and compressed form that is attached to images. [Read] takes
 // both. [ReadReference] and [WriteReference] are for the trace file of the
-// reference implementation, overlaybd.
+// reference implementation, overlaybd, [ReadAcceleration] and
+// [WriteAcceleration] for the layer that carries it, and [ReadAccesses] reads
+// which files were used as the optimizers of other formats record it.
+//
+// [Merge] makes one trace of several recordings of a workload, [Diff] tells how
+// two differ, and [Trace.Covers] how much of one an image still has.
 //
 // Input is taken as hostile: every length, count and offset is checked
-// against a limit before anything is allocated, and decompression is bounded.
+// against a limit before anything is allocated, and decompression is bounded: a
+// trace of all the events that there may be takes some 200 MiB to read.
 // What a Writer accepts, Read accepts.
 //
 // Nothing here starts a goroutine. A Writer and a [Touched] belong to one

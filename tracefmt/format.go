@@ -24,6 +24,7 @@ const (
 	frameHead      = 12        // bytes before the payload
 	maxFrame       = 8 << 20   // bytes of a payload
 	maxFrameEvents = 1 << 16   // events of a frame
+	maxFrames      = 1 << 21   // frames of a file
 	maxUnit        = 12        // of the columns off and len
 	maxFile        = 256 << 20 // bytes, decompressed
 	maxWindow      = 8 << 20   // of the compression
@@ -48,21 +49,25 @@ const (
 	keyStart     = "start_us"
 	keyReadAhead = "readahead"
 	keySpace     = "space"
+	keyRuns      = "runs"
 
-	keyCount   = "n"
-	keyUnit    = "unit"
-	keyStrings = "strings"
-	keyAt      = "at"
-	keyWait    = "wait"
-	keyLayer   = "layer"
-	keyOff     = "off"
-	keyLen     = "len"
-	keyOrigin  = "origin"
-	keyPath    = "path"
-	keyFileOff = "fileoff"
-	keyProcess = "process"
-	keyBlobOff = "bloboff"
-	keyBlobLen = "bloblen"
+	keyCount     = "n"
+	keyUnit      = "unit"
+	keyStrings   = "strings"
+	keyAt        = "at"
+	keyWait      = "wait"
+	keyLayer     = "layer"
+	keyOff       = "off"
+	keyLen       = "len"
+	keyOrigin    = "origin"
+	keyPath      = "path"
+	keyFileOff   = "fileoff"
+	keyProcess   = "process"
+	keyBlobOff   = "bloboff"
+	keyBlobLen   = "bloblen"
+	keyPid       = "pid"
+	keyContainer = "container"
+	keyHits      = "hits"
 
 	keyReason   = "reason"
 	keyReady    = "ready_us"
@@ -84,12 +89,16 @@ const (
 	colProcess
 	colBlobOff
 	colBlobLen
+	colPid
+	colContainer
+	colHits
 )
 
 var columnNames = [...]string{
 	colAt: keyAt, colWait: keyWait, colLayer: keyLayer, colOff: keyOff, colLen: keyLen,
 	colOrigin: keyOrigin, colPath: keyPath, colFileOff: keyFileOff, colProcess: keyProcess,
 	colBlobOff: keyBlobOff, colBlobLen: keyBlobLen,
+	colPid: keyPid, colContainer: keyContainer, colHits: keyHits,
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

@@ -48,9 +48,9 @@ func names(rows [][]string) []string {
 func TestFormatLimits(t *testing.T) {
 	want := map[string]int{
 		"Version": Version, "MaxEvents": MaxEvents, "MaxLayers": MaxLayers, "frameHead": frameHead,
-		"maxFrame": maxFrame, "maxFrameEvents": maxFrameEvents, "maxUnit": maxUnit, "maxFile": maxFile,
+		"maxFrame": maxFrame, "maxFrameEvents": maxFrameEvents, "maxFrames": maxFrames, "maxUnit": maxUnit, "maxFile": maxFile,
 		"maxWindow": maxWindow, "maxString": maxString, "maxArgs": maxArgs, "maxArg": maxArg,
-		"maxStrings": maxStrings, "maxTable": maxTable,
+		"maxStrings": maxStrings, "maxTable": maxTable, "maxRuns": maxRuns, "maxPid": maxPid,
 	}
 	got := map[string]int{}
 	for _, r := range tableRows(t, "Limits") {
@@ -65,7 +65,7 @@ func TestFormatLimits(t *testing.T) {
 func TestFormatKeys(t *testing.T) {
 	require.Equal(t, []string{
 		keyVersion, keyImage, keyManifest, keyPlatform, keyLayers, keyDigest, keySize, keyDecoded,
-		keyWorkload, keyArgs, keyTool, keyStart, keyReadAhead, keySpace,
+		keyWorkload, keyArgs, keyTool, keyStart, keyReadAhead, keySpace, keyRuns,
 	}, names(tableRows(t, "Header")))
 	require.Equal(t, append([]string{keyCount, keyUnit, keyStrings}, columnNames[:]...), names(tableRows(t, "Events")))
 	require.Equal(t, []string{keyReason, keyReady, keyEvents, keyBytes, keyDuration}, names(tableRows(t, "End")))
@@ -78,6 +78,7 @@ func TestKnownFile(t *testing.T) {
 	// The first of them is as it was before there were blob ranges.
 	checkKnown(t, "testdata/v1.trace", sample())
 	checkKnown(t, "testdata/v1-blobs.trace", withBlobs())
+	checkKnown(t, "testdata/v1-runs.trace", withRuns())
 }
 
 func checkKnown(t *testing.T, path string, tr *Trace) {

@@ -28,6 +28,7 @@ type jsonHeader struct {
 	Start     *time.Time    `json:"start,omitempty"`
 	ReadAhead int64         `json:"readahead,omitempty"`
 	Space     string        `json:"space"`
+	Runs      int           `json:"runs,omitempty"`
 }
 
 type jsonLayer struct {
@@ -37,17 +38,20 @@ type jsonLayer struct {
 }
 
 type jsonEvent struct {
-	At      int64  `json:"at_us"`
-	Wait    int64  `json:"wait_us"`
-	Layer   int    `json:"layer"`
-	Off     int64  `json:"offset"`
-	Len     int64  `json:"length"`
-	Origin  string `json:"origin"`
-	Path    string `json:"path,omitempty"`
-	FileOff *int64 `json:"file_offset,omitempty"`
-	Process string `json:"process,omitempty"`
-	BlobOff *int64 `json:"blob_offset,omitempty"`
-	BlobLen int64  `json:"blob_length,omitempty"`
+	At        int64  `json:"at_us"`
+	Wait      int64  `json:"wait_us"`
+	Layer     int    `json:"layer"`
+	Off       int64  `json:"offset"`
+	Len       int64  `json:"length"`
+	Origin    string `json:"origin"`
+	Path      string `json:"path,omitempty"`
+	FileOff   *int64 `json:"file_offset,omitempty"`
+	Process   string `json:"process,omitempty"`
+	Pid       int    `json:"pid,omitempty"`
+	Container string `json:"container,omitempty"`
+	Hits      int    `json:"hits,omitempty"`
+	BlobOff   *int64 `json:"blob_offset,omitempty"`
+	BlobLen   int64  `json:"blob_length,omitempty"`
 }
 
 type jsonEnd struct {
@@ -76,6 +80,7 @@ func (h *Header) json() jsonHeader {
 	j := jsonHeader{
 		Version: h.Version, Image: h.Image, Manifest: h.Manifest, Platform: h.Platform,
 		Workload: h.Workload, Args: h.Args, Tool: h.Tool, ReadAhead: h.ReadAhead, Space: h.Space,
+		Runs: h.Runs,
 	}
 	if !h.Start.IsZero() {
 		j.Start = &h.Start
@@ -89,7 +94,7 @@ func (h *Header) json() jsonHeader {
 func (e *Event) json() jsonEvent {
 	j := jsonEvent{
 		At: e.At.Microseconds(), Wait: e.Wait.Microseconds(), Layer: e.Layer, Off: e.Off, Len: e.Len,
-		Origin: "unknown", Path: e.Path, Process: e.Process,
+		Origin: "unknown", Path: e.Path, Process: e.Process, Pid: e.Pid, Container: e.Container, Hits: e.Hits,
 	}
 	if int(e.Origin) < len(originNames) {
 		j.Origin = originNames[e.Origin]

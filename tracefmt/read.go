@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -49,7 +48,7 @@ var errCut = errors.New("file is cut off")
 // What follows the end frame is not looked at.
 //
 // A frame that is whole but breaks a rule or a limit is an error. Read
-// allocates in proportion to its input, and at most some hundred megabytes.
+// allocates in proportion to its input, decompressed, and some 200 MiB at most.
 func Read(r io.Reader) (*Trace, error) {
 	br := bufio.NewReader(r)
 	if head, err := br.Peek(len(zstdMagic)); err == nil && string(head) == zstdMagic {
@@ -65,7 +64,7 @@ func readCompressed(r io.Reader) (*Trace, error) {
 		return nil, fmt.Errorf("decompress trace: %w", err)
 	}
 	defer z.Close()
-	return readPlain(z)
+	return readPlain(bufio.NewReaderSize(z, 64<<10))
 }
 
 func readPlain(r io.Reader) (*Trace, error) {
@@ -99,6 +98,9 @@ func (d *decoder) run() error {
 		return err
 	}
 	for n := 0; d.trace.End == nil; n++ {
+		if n == maxFrames {
+			return fmt.Errorf("trace has more than %d frames", maxFrames)
+		}
 		typ, err := d.readFrame()
 		if err == nil {
 			err = d.decode(typ)
@@ -148,19 +150,18 @@ func (d *decoder) readFrame() (byte, error) {
 }
 
 func (d *decoder) decode(typ byte) error {
-	p := newPayload(d.buf.Bytes())
 	var err error
 	switch {
 	case typ == frameHeader && d.begun:
 		return errors.New("second header")
 	case typ == frameHeader:
-		err = d.header(p)
+		err = d.header(newPayload(d.buf.Bytes()))
 	case !d.begun:
 		return errors.New("no header before it")
 	case typ == frameEvents:
-		err = d.events(p)
+		err = d.events(newPayload(d.buf.Bytes()))
 	case typ == frameEnd:
-		err = d.end(p)
+		err = d.end(newPayload(d.buf.Bytes()))
 	default:
 		return nil
 	}
@@ -214,6 +215,8 @@ func (h *Header) field(key string, p *payload) (known bool, err error) {
 		h.ReadAhead, err = p.number(maxSum)
 	case keySpace:
 		h.Space, err = p.text(maxString)
+	case keyRuns:
+		err = intoInt(&h.Runs, p)
 	default:
 		return false, nil
 	}
@@ -385,7 +388,7 @@ func (d *decoder) addStrings(p *payload) error {
 func (d *decoder) decodeColumns(f *eventFrame) error {
 	c := columnReader{f: f, strings: d.strings}
 	first := len(d.trace.Events)
-	d.trace.Events = slices.Grow(d.trace.Events, f.n)
+	d.trace.Events = room(d.trace.Events, f.n)
 	for i := range f.n {
 		e, err := c.next()
 		if err == nil {
@@ -405,6 +408,16 @@ func (d *decoder) decodeColumns(f *eventFrame) error {
 		}
 	}
 	return nil
+}
+
+// room returns events with room for n more. It grows in large steps, so that
+// what is left behind is little beside what is in use.
+func room(events []Event, n int) []Event {
+	need := len(events) + n
+	if need <= cap(events) {
+		return events
+	}
+	return append(make([]Event, 0, max(need, min(4*cap(events), MaxEvents))), events...)
 }
 
 // A columnReader puts a frame's events together. The first error sticks.
@@ -431,6 +444,9 @@ func (c *columnReader) next() (Event, error) {
 	e.Path = c.name(colPath)
 	e.FileOff = c.uint(colFileOff, maxSum)
 	e.Process = c.name(colProcess)
+	e.Pid = int(c.uint(colPid, maxPid))
+	e.Container = c.name(colContainer)
+	e.Hits = int(c.uint(colHits, maxRuns))
 	return e, c.err
 }
 

@@ -2,7 +2,6 @@ package tracefmt
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -21,6 +20,10 @@ const (
 	refRecord = 24
 	refRead   = 'R'
 	refWrite  = 'W' // defined, never written
+
+	// overlaybd replays each record into a buffer of this size, and does not
+	// check that it fits.
+	refLongest = 1 << 20
 )
 
 func isReference(head []byte) bool {
@@ -112,24 +115,27 @@ func noEOF(err error) error {
 
 // WriteReference writes the events of t, in their order, as overlaybd's trace
 // file. Times, paths and the header have no place in it. The layers of the
-// image that it will be used with must be those of t, bottom first.
+// image that it will be used with must be those of t, bottom first. An event
+// of more than 1 MiB becomes several records, since overlaybd reads no longer
+// ones; there are at most MaxEvents records.
 func WriteReference(w io.Writer, t *Trace) error {
 	if t.Space == DeviceSpace {
 		return errors.New("write reference trace: the trace is of a device: its offsets are not those of layers")
 	}
-	if len(t.Events) > MaxEvents {
-		return fmt.Errorf("write reference trace: %d events: at most %d", len(t.Events), MaxEvents)
-	}
-	var b bytes.Buffer
-	b.Write(make([]byte, refHeader))
+	file := make([]byte, refHeader, refHeader+refRecord*min(len(t.Events), MaxEvents))
 	for i := range t.Events {
-		if err := t.checkEvent(&t.Events[i]); err != nil {
+		e := t.Events[i]
+		if err := t.checkEvent(&e); err != nil {
 			return fmt.Errorf("write reference trace: event %d: %w", i, err)
 		}
-		rec := record(&t.Events[i])
-		b.Write(rec[:])
+		for end := e.Off + e.Len; e.Off < end; e.Off += e.Len {
+			if len(file) >= refHeader+refRecord*MaxEvents {
+				return fmt.Errorf("write reference trace: more than %d records", MaxEvents)
+			}
+			e.Len = min(end-e.Off, refLongest)
+			file = append(file, record(&e)...)
+		}
 	}
-	file := b.Bytes()
 	binary.LittleEndian.PutUint32(file, refMagic)
 	binary.LittleEndian.PutUint64(file[8:], uint64(len(file)-refHeader))
 	binary.LittleEndian.PutUint32(file[16:], refSum(0, file[refHeader:]))
@@ -139,7 +145,8 @@ func WriteReference(w io.Writer, t *Trace) error {
 	return nil
 }
 
-func record(e *Event) (rec [refRecord]byte) {
+func record(e *Event) []byte {
+	rec := make([]byte, refRecord)
 	rec[0] = refRead
 	binary.LittleEndian.PutUint32(rec[4:], uint32(e.Layer))
 	binary.LittleEndian.PutUint64(rec[8:], uint64(e.Len))

@@ -61,6 +61,42 @@ func TestReferenceVector(t *testing.T) {
 	require.Equal(t, tr, again)
 }
 
+// TestReferenceExport writes the vector anew: but for what its padding has, it
+// is the file that overlaybd wrote.
+func TestReferenceExport(t *testing.T) {
+	want, err := os.ReadFile(vector(t, "trace/recorded.trace"))
+	require.NoError(t, err)
+	clear(want[4:8])
+	clear(want[20:24])
+	for rec := want[refHeader:]; len(rec) > 0; rec = rec[refRecord:] {
+		clear(rec[1:4])
+	}
+	binary.LittleEndian.PutUint32(want[16:], refSum(0, want[refHeader:]))
+
+	tr, err := Open(vector(t, "trace/recorded.trace"))
+	require.NoError(t, err)
+	tr.Layers = []Layer{layerNamed("0", 2633728), layerNamed("1", 2109440), layerNamed("2", 1323008)}
+	var native, b bytes.Buffer
+	require.NoError(t, writeAll(&native, tr)) // and by way of a native file
+	tr, err = Read(&native)
+	require.NoError(t, err)
+	require.NoError(t, WriteReference(&b, tr))
+	require.Equal(t, want, b.Bytes())
+}
+
+// TestReferenceLong writes events that overlaybd's buffer does not hold.
+func TestReferenceLong(t *testing.T) {
+	var b bytes.Buffer
+	require.NoError(t, WriteReference(&b, &Trace{Events: []Event{{Layer: 1, Off: 5, Len: 1 << 20}, {Layer: 2, Off: 7, Len: 5<<19 + 1}}}))
+	tr, err := ReadReference(&b)
+	require.NoError(t, err)
+	require.Equal(t, []Event{
+		{Layer: 1, Off: 5, Len: 1 << 20},
+		{Layer: 2, Off: 7, Len: 1 << 20}, {Layer: 2, Off: 7 + 1<<20, Len: 1 << 20}, {Layer: 2, Off: 7 + 2<<20, Len: 1<<19 + 1},
+	}, tr.Events)
+	require.ErrorContains(t, WriteReference(&b, &Trace{Events: []Event{{Len: 1 << 62}}}), "more than 1048576 records")
+}
+
 func TestReferenceHostile(t *testing.T) {
 	var b bytes.Buffer
 	require.NoError(t, WriteReference(&b, sample()))

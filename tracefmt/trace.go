@@ -26,6 +26,8 @@ const (
 	maxArg     = 128 << 10 // bytes of one argument, as in Linux
 	maxStrings = 1 << 18   // entries of the string table
 	maxTable   = 16 << 20  // bytes of the string table
+	maxRuns    = 1 << 20   // recordings that were merged
+	maxPid     = 1 << 30   // Linux itself has at most 1 << 22
 )
 
 // The values of Header.Space.
@@ -131,6 +133,9 @@ func (h *Header) check() error {
 	if h.ReadAhead < 0 {
 		return fmt.Errorf("read-ahead of %d bytes", h.ReadAhead)
 	}
+	if h.Runs < 0 || h.Runs > maxRuns {
+		return fmt.Errorf("merge of %d recordings: not within 0 and %d", h.Runs, maxRuns)
+	}
 	if us := h.Start.UnixMicro(); !h.Start.IsZero() && (us < 0 || us > maxMicros) {
 		return fmt.Errorf("start time %d µs is out of range", us)
 	}
@@ -197,14 +202,36 @@ func (h *Header) checkEvent(e *Event) error {
 		return fmt.Errorf("range of %d bytes at %d (file offset %d): not a range", e.Len, e.Off, e.FileOff)
 	case e.Off > math.MaxInt64-e.Len || e.FileOff > math.MaxInt64-e.Len:
 		return fmt.Errorf("range of %d bytes at %d (file offset %d): overflow", e.Len, e.Off, e.FileOff)
-	case len(e.Path) > maxString || len(e.Process) > maxString:
-		return fmt.Errorf("path of %d, process of %d bytes: at most %d", len(e.Path), len(e.Process), maxString)
+	}
+	if err := h.checkWho(e); err != nil {
+		return err
 	}
 	if err := h.checkRange(e); err != nil {
 		return err
 	}
 	return h.checkBlob(e)
 }
+
+// checkWho tells whether the names and numbers of an event are within their
+// limits.
+func (h *Header) checkWho(e *Event) error {
+	switch {
+	case len(e.Path) > maxString || len(e.Process) > maxString || len(e.Container) > maxString:
+		return fmt.Errorf("path of %d, process of %d, container of %d bytes: at most %d",
+			len(e.Path), len(e.Process), len(e.Container), maxString)
+	case e.Pid < 0 || e.Pid > maxPid:
+		return fmt.Errorf("process number %d: not within 0 and %d", e.Pid, maxPid)
+	case e.Hits < 0 || e.Hits > h.runs():
+		return fmt.Errorf("seen in %d recordings of %d", e.Hits, h.runs())
+	}
+	return nil
+}
+
+// runs is how many recordings the trace was made of.
+func (h *Header) runs() int { return max(h.Runs, 1) }
+
+// hits is in how many of them the event was seen.
+func (e *Event) hits() int { return max(e.Hits, 1) }
 
 func (h *Header) checkRange(e *Event) error {
 	if h.Space == DeviceSpace {
@@ -287,9 +314,10 @@ func sumLen(events []Event) int64 {
 const joinWithin = 10 * time.Millisecond
 
 // Compact reduces the events to their first touches and joins those that
-// follow each other, on the layer and within some milliseconds in time: the
-// joined event has the first's time and origin, the sum of the waits, and a blob
-// range that covers theirs.
+// follow each other, on the layer and within some milliseconds in time, if they
+// have file, process, container and hits in common: the joined event has the
+// first's time and origin, the sum of the waits, and a blob range that covers
+// theirs.
 func (t *Trace) Compact() {
 	t.Events = joined(t.FirstTouch())
 	if t.End != nil {
@@ -318,7 +346,10 @@ func continues(a, b *Event) bool {
 	if a.Layer != b.Layer || a.Off+a.Len != b.Off || b.At-a.At > joinWithin {
 		return false
 	}
-	if a.Path != b.Path || a.Process != b.Process || (a.BlobLen == 0) != (b.BlobLen == 0) {
+	if a.Path != b.Path || (a.BlobLen == 0) != (b.BlobLen == 0) || a.hits() != b.hits() {
+		return false
+	}
+	if a.Process != b.Process || a.Pid != b.Pid || a.Container != b.Container {
 		return false
 	}
 	if a.Path == "" {

@@ -20,7 +20,13 @@ import (
 	"go.uber.org/goleak"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if path := os.Getenv(hostileEnv); path != "" {
+		hostileChild(path)
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func ms(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 
@@ -54,6 +60,18 @@ func withBlobs() *Trace {
 	t := sample()
 	for i, r := range [][2]int64{{7, 93}, {700, 90}, {700, 90}, {0, 0}, {1 << 39, 1 << 20}} {
 		t.Events[i].BlobOff, t.Events[i].BlobLen = r[0], r[1]
+	}
+	return t
+}
+
+// withRuns is sample as a merge of recordings that know who read.
+func withRuns() *Trace {
+	t := sample()
+	t.Runs = 300
+	for i, e := range []Event{
+		{Pid: 1 << 22, Container: "0123456789ab", Hits: 300}, {Pid: 7, Hits: 1}, {Container: "python3"}, {Hits: 2}, {Pid: 1},
+	} {
+		t.Events[i].Pid, t.Events[i].Container, t.Events[i].Hits = e.Pid, e.Container, e.Hits
 	}
 	return t
 }
@@ -222,6 +240,11 @@ func TestWriterRefuses(t *testing.T) {
 		"long path":       {Len: 1, Path: strings.Repeat("x", maxString+1)},
 		"wait":            {Len: 1, Wait: -time.Second},
 		"negative length": {Len: -1},
+		"long container":  {Len: 1, Container: strings.Repeat("x", maxString+1)},
+		"negative pid":    {Len: 1, Pid: -1},
+		"large pid":       {Len: 1, Pid: maxPid + 1},
+		"negative hits":   {Len: 1, Hits: -1},
+		"hits":            {Len: 1, Hits: 2},
 	} {
 		w, err := NewWriter(io.Discard, Header{Layers: layers})
 		require.NoError(t, err)
@@ -237,6 +260,8 @@ func TestWriterRefuses(t *testing.T) {
 		"image":    {Image: strings.Repeat("x", maxString+1)},
 		"args":     {Args: make([]string, maxArgs+1)},
 		"start":    {Start: time.UnixMicro(-1)},
+		"runs":     {Runs: maxRuns + 1},
+		"no runs":  {Runs: -1},
 	} {
 		_, err := NewWriter(io.Discard, h)
 		require.Error(t, err, name)
@@ -297,7 +322,7 @@ func TestManyNames(t *testing.T) {
 	for i := 0; err == nil && i < 100; i++ {
 		err = w.Add(Event{Len: 1, Path: fmt.Sprintf("%s%06d", long, -1-i)})
 	}
-	require.ErrorContains(t, err, "too many different paths")
+	require.ErrorContains(t, err, "too many different paths, processes and containers")
 }
 
 // frame makes a frame with a good checksum.
@@ -363,6 +388,10 @@ func TestHostileEvents(t *testing.T) {
 			one(o, 1, keyLen, []byte{1}, keyOff, []byte{0xfe, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
 			o.number(keyUnit, 12)
 		}, "not within"},
+		"pid":               {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyPid, huge) }, "pid: 18446744073709551615: at most"},
+		"container":         {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyContainer, []byte{1}) }, "container: 1: at most 0"},
+		"hits":              {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyHits, []byte{2}) }, "seen in 2 recordings of 1"},
+		"short pid column":  {3, func(o *object) { one(o, 2, keyLen, []byte{1, 1}, keyPid, []byte{1}) }, "pid: column does not fit"},
 		"origin":            {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyOrigin, []byte{0x80, 2}) }, "at most 255"},
 		"blob offset alone": {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyBlobOff, []byte{0}) }, "bloboff without bloblen"},
 		"blob length alone": {3, func(o *object) { one(o, 1, keyLen, []byte{1}, keyBlobLen, []byte{2}) }, "or the other way round"},
@@ -434,7 +463,7 @@ func TestUnknownVersion(t *testing.T) {
 
 func TestUnknownKeysAndFrames(t *testing.T) {
 	b := file(t, Header{}, frameEvents, func(o *object) {
-		o.do(o.enc.EncodeString("hits"))
+		o.do(o.enc.EncodeString("extra"))
 		o.do(o.enc.Encode(map[string]any{"a": []int{1, 2, 3}, "b": map[string]any{"c": nil, "d": 1.5, "e": []byte{1}}}))
 		o.number(keyCount, 1)
 		bin(o, keyLen, []byte{9})
@@ -447,6 +476,38 @@ func TestUnknownKeysAndFrames(t *testing.T) {
 	require.NoError(t, err)
 	require.Equal(t, []Event{{Len: 9}}, got.Events)
 	require.Equal(t, "quiet", got.End.Reason)
+}
+
+// TestOlderReader reads a trace as a program does that knows neither recordings
+// nor who read.
+func TestOlderReader(t *testing.T) {
+	b := plain(t, withRuns())
+	for _, key := range []string{keyRuns, keyPid, keyContainer, keyHits} {
+		old := append([]byte{0xa0 | byte(len(key))}, key...) // a short string in msgpack
+		require.Equal(t, 1, bytes.Count(b, old), key)
+		unknown := bytes.Clone(old)
+		unknown[1] = '~'
+		b = bytes.Replace(b, old, unknown, 1)
+	}
+	got, err := Read(bytes.NewReader(fixSums(b)))
+	require.NoError(t, err)
+	require.Equal(t, sample(), got)
+}
+
+func TestCompactWho(t *testing.T) {
+	in := func(off int64, pid int, container string, hits int) Event {
+		return Event{Off: off, Len: 10, Process: "p", Pid: pid, Container: container, Hits: hits}
+	}
+	tr := &Trace{Header: Header{Runs: 3}, Events: []Event{
+		in(0, 1, "a", 0), in(10, 1, "a", 1), in(20, 2, "a", 1), in(30, 2, "b", 1), in(40, 2, "b", 2), in(50, 2, "b", 2), in(45, 2, "c", 3),
+	}}
+	tr.Compact()
+	want := []Event{in(0, 1, "a", 0), in(20, 2, "a", 1), in(30, 2, "b", 1), in(40, 2, "b", 2)}
+	want[0].Len, want[3].Len = 20, 20
+	require.Equal(t, want, tr.Events)
+	var touched Touched
+	touched.Add(nil, in(0, 1, "a", 1))
+	require.Equal(t, []Event{{Off: 10, Len: 5, Pid: 3, Container: "x", Hits: 2}}, touched.Add(nil, Event{Off: 5, Len: 10, Pid: 3, Container: "x", Hits: 2}))
 }
 
 func TestTooManyEvents(t *testing.T) {
@@ -509,11 +570,29 @@ func TestOpen(t *testing.T) {
 	require.ErrorContains(t, err, paths)
 }
 
+// TestRunsSurvive writes and reads, in all forms, what a merge knows.
+func TestRunsSurvive(t *testing.T) {
+	tr := withRuns()
+	got, err := Read(bytes.NewReader(plain(t, tr)))
+	require.NoError(t, err)
+	require.Equal(t, tr, got)
+	var b bytes.Buffer
+	require.NoError(t, Encode(&b, tr))
+	got, err = Read(&b)
+	require.NoError(t, err)
+	tr.Compact()
+	require.Len(t, tr.Events, 5)
+	require.Equal(t, tr, got)
+}
+
 func TestJSON(t *testing.T) {
 	b, err := json.Marshal(withBlobs())
 	require.NoError(t, err)
 	var got struct {
-		Header struct{ Space string }
+		Header struct {
+			Space string
+			Runs  int
+		}
 		Events []map[string]any
 		End    map[string]any
 	}
@@ -526,4 +605,13 @@ func TestJSON(t *testing.T) {
 	require.NotContains(t, got.Events[3], "blob_offset")
 	require.Equal(t, 65536.0, got.Events[1]["file_offset"])
 	require.Equal(t, 31000.0, got.End["ready_us"])
+
+	b, err = json.Marshal(withRuns())
+	require.NoError(t, err)
+	require.NoError(t, json.Unmarshal(b, &got))
+	require.Equal(t, 300, got.Header.Runs)
+	require.Equal(t, []any{4194304.0, "0123456789ab", 300.0}, []any{got.Events[0]["pid"], got.Events[0]["container"], got.Events[0]["hits"]})
+	require.NotContains(t, got.Events[3], "pid")
+	require.NotContains(t, got.Events[3], "container")
+	require.NotContains(t, got.Events[4], "hits")
 }

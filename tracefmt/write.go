@@ -65,7 +65,7 @@ func (t *Writer) Add(e Event) error {
 	if t.events == MaxEvents {
 		return fmt.Errorf("trace is full: it has %d events", MaxEvents)
 	}
-	if err := t.table.reserve(e.Path, e.Process); err != nil {
+	if err := t.table.reserve(e.Path, e.Process, e.Container); err != nil {
 		return fmt.Errorf("trace event: %w", err)
 	}
 	t.pending = append(t.pending, e)
@@ -185,7 +185,7 @@ func (s *stringTable) reserve(names ...string) error {
 			continue
 		}
 		if len(s.index) == maxStrings || s.bytes+len(name) > maxTable {
-			return fmt.Errorf("too many different paths and processes: %d with %d bytes", len(s.index), s.bytes)
+			return fmt.Errorf("too many different paths, processes and containers: %d with %d bytes", len(s.index), s.bytes)
 		}
 		if s.index == nil {
 			s.index = make(map[string]uint64)
@@ -196,6 +196,14 @@ func (s *stringTable) reserve(names ...string) error {
 		s.freshBytes += len(name)
 	}
 	return nil
+}
+
+// number is that of a name that was entered.
+func (s *stringTable) number(name string) uint64 {
+	if name == "" {
+		return 0
+	}
+	return s.index[name]
 }
 
 func (s *stringTable) takeFresh() []string {
@@ -258,7 +266,11 @@ func (o *object) frame(typ byte) ([]byte, error) {
 }
 
 func encodeHeader(h *Header) ([]byte, error) {
-	o := newObject(11)
+	pairs := 11
+	if h.Runs != 0 {
+		pairs++
+	}
+	o := newObject(pairs)
 	o.number(keyVersion, int64(h.Version))
 	o.text(keyImage, h.Image)
 	o.text(keyManifest, string(h.Manifest))
@@ -282,6 +294,9 @@ func encodeHeader(h *Header) ([]byte, error) {
 	}
 	o.number(keyReadAhead, h.ReadAhead)
 	o.text(keySpace, h.Space)
+	if h.Runs != 0 {
+		o.number(keyRuns, int64(h.Runs))
+	}
 	return o.frame(frameHeader)
 }
 
@@ -365,9 +380,12 @@ func buildColumns(events []Event, unit int, table *stringTable) []writeColumn {
 		ends[e.Layer] = off + n
 		cols[colLen].uint(uint64(n))
 		cols[colOrigin].uint(uint64(e.Origin))
-		cols[colPath].uint(table.index[e.Path])
+		cols[colPath].uint(table.number(e.Path))
 		cols[colFileOff].uint(uint64(e.FileOff))
-		cols[colProcess].uint(table.index[e.Process])
+		cols[colProcess].uint(table.number(e.Process))
+		cols[colPid].uint(uint64(e.Pid))
+		cols[colContainer].uint(table.number(e.Container))
+		cols[colHits].uint(uint64(e.Hits))
 	}
 	return cols
 }

@@ -1,0 +1,5 @@
+//go:build !race
+
+package tracefmt
+
+const raceDetector = false
