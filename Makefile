@@ -3,16 +3,17 @@
 #   make demo     the whole job on this machine, as root     ARGS='--runs 5 --link 30ms,1gbit'
 #   make test     go test ./...; as root also the tests that need devices and mounts
 #   make root     those tests alone, uncached, and none may skip for want of root
-#   make vmtest   devices of every kind, served and killed, in an emulated machine with Linux 6.12
+#   make vmtest   devices of every kind, served and killed, and eBPF, in an emulated machine with Linux 6.12
 #   make torture  1,000 kills of the daemon and of devices, a minute of fio, a registry that is away for another
 #   make coldstart  cold starts of real images, as root: packages are fetched and images made the first time
-#                   WHAT='matrix adversarial fleet gaps' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
+#                   WHAT='matrix adversarial fleet gaps recording stability overhead kills' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
 #                   STARTS='other workload,truncated' (of adversarial)
 #   make race     go test -race ./...
 #   make fuzz     each fuzz target for FUZZTIME (10s)
 #   make bench    all benchmarks, with fio as a second opinion
 #   make lint     golangci-lint, built from the version in .ci/tools/go.mod
-#   make deps     Debian packages for test, demo and bench   WHAT='test demo bench race vmtest'
+#   make generate what is generated: the BPF object and its bindings; fails if that changes anything
+#   make deps     Debian packages for test, demo and bench   WHAT='test browser demo bench race vmtest generate'
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -53,7 +54,7 @@ root:
 
 vmtest:
 	@.ci/deps vmtest
-	$(GO) run ./backstore/device/devicetest/vm -timeout $(VMTIMEOUT) $(addprefix ./backstore/device/internal/,apart fuse nbd tcmu ublk uring)
+	$(GO) run ./backstore/device/devicetest/vm -timeout $(VMTIMEOUT) $(addprefix ./backstore/device/internal/,apart fuse nbd tcmu ublk uring) ./recorder/probe
 	$(GO) run ./backstore/device/devicetest/vm -timeout $(VMTIMEOUT) -run 'Conformance$$|Kill$$|UnderKills$$' ./backstore/device
 
 # Some 15 minutes. Each test prints what it has seen, the longest stall among it.
@@ -82,6 +83,7 @@ bench:
 
 # Fails if the generators change anything: generated files are committed.
 generate:
+	@.ci/deps generate
 	@before=$$(.ci/state); $(GO) generate ./...; after=$$(.ci/state); \
 	if [ "$$before" != "$$after" ]; then \
 		echo 'go generate changed these files; commit them:' >&2; git status --short >&2; exit 1; \
