@@ -10,9 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,8 +40,9 @@ type Options struct {
 	// {"ghcr.io": "http://127.0.0.1:5001"}. References and credentials stay
 	// those of the registry. hosts.toml is not asked.
 	Via map[string]string
-	// LockDir holds the locks under which fallback tags are written.
-	// Default: a directory of the user's own under os.TempDir.
+	// LockDir holds the locks under which fallback tags are written, while they
+	// are. Default: reprise, in /run/lock for root and in the user's own directory
+	// under /run/user for others; where that is missing, reprise-UID in os.TempDir.
 	LockDir string
 
 	// Attempts is how often a request, or the rest of a body, is asked for
@@ -75,7 +74,7 @@ func (o *Options) fill() (Options, error) {
 		f.HostsDir = "/etc/containerd/certs.d"
 	}
 	if f.LockDir == "" {
-		f.LockDir = filepath.Join(os.TempDir(), "reprise-"+strconv.Itoa(os.Getuid()))
+		f.LockDir = lockDir()
 	}
 	if f.Attempts == 0 {
 		f.Attempts = 6

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -55,8 +56,8 @@ func (l *keyedLock) lock(ctx context.Context, key string) (unlock func(), err er
 	}
 }
 
-// lock takes a key for this process and, by a file, for this machine. The files
-// are empty and stay: who removes one may remove another's.
+// lock takes a key for this process and, by a file, for this machine. The file
+// is there while the key is taken or waited for.
 func (c *Client) lock(ctx context.Context, key string) (unlock func(), err error) {
 	leave, err := c.updates.lock(ctx, key)
 	if err != nil {
@@ -68,41 +69,95 @@ func (c *Client) lock(ctx context.Context, key string) (unlock func(), err error
 		return nil, fmt.Errorf("lock %s: %w", key, err)
 	}
 	return func() {
-		f.Close() // and so unlocks
+		// Whoever has opened it before will see that it is no longer there.
+		_ = os.Remove(f.Name())
+		_ = f.Close()
 		leave()
 	}, nil
 }
 
+// lockDir is where all processes of this user on this machine find the locks: a
+// directory that is emptied when the machine starts.
+func lockDir() string {
+	uid := strconv.Itoa(os.Getuid())
+	dir := "/run/user/" + uid
+	if os.Getuid() == 0 {
+		dir = "/run/lock"
+	}
+	if fi, err := os.Stat(dir); err == nil && ownerOf(fi) == os.Getuid() && unix.Access(dir, unix.W_OK) == nil {
+		return filepath.Join(dir, "reprise")
+	}
+	return filepath.Join(os.TempDir(), "reprise-"+uid)
+}
+
+func ownerOf(fi os.FileInfo) int {
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+		return int(st.Uid)
+	}
+	return -1
+}
+
+// lockFile opens and locks the file of a key, which is of this user.
 func (c *Client) lockFile(ctx context.Context, key string) (*os.File, error) {
+	sum := sha256.Sum256([]byte(key))
+	path := filepath.Join(c.o.LockDir, "referrers-"+hex.EncodeToString(sum[:16])+".lock")
+	for {
+		f, err := c.openLock(path)
+		if err != nil {
+			return nil, err
+		}
+		if err := flock(ctx, f); err != nil {
+			_ = f.Close()
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		if isAt(f, path) {
+			return f, nil
+		}
+		_ = f.Close() // somebody was through, and has removed the file meanwhile
+	}
+}
+
+func (c *Client) openLock(path string) (*os.File, error) {
 	dir := c.o.LockDir
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	// The default is in a directory where anybody may make files.
-	if fi, err := os.Lstat(dir); err != nil {
-		return nil, err
-	} else if st, ok := fi.Sys().(*syscall.Stat_t); !ok || !fi.IsDir() || int(st.Uid) != os.Getuid() {
-		return nil, fmt.Errorf("%s is not a directory of this user: remove it, or set another", dir)
-	}
-	sum := sha256.Sum256([]byte(key))
-	path := filepath.Join(dir, "referrers-"+hex.EncodeToString(sum[:16])+".lock")
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	// It may be in a directory where anybody makes files.
+	fi, err := os.Lstat(dir)
 	if err != nil {
 		return nil, err
 	}
+	if !fi.IsDir() || ownerOf(fi) != os.Getuid() {
+		return nil, fmt.Errorf("%s is not a directory of this user: remove it, or set another", dir)
+	}
+	return os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+}
+
+// flock waits for the lock on f. It asks again and again, as waiting in the
+// kernel would not end with ctx.
+func flock(ctx context.Context, f *os.File) error {
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return f, nil
-		}
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.EWOULDBLOCK):
 			err = sleep(ctx, time.Millisecond+rand.N(10*time.Millisecond))
-		} else if errors.Is(err, unix.EINTR) {
-			err = nil
+		case errors.Is(err, unix.EINTR):
+			err = ctx.Err()
 		}
 		if err != nil {
-			f.Close()
-			return nil, fmt.Errorf("%s: %w", path, err)
+			return err
 		}
 	}
+}
+
+// isAt tells whether path is still the file f.
+func isAt(f *os.File, path string) bool {
+	a, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Lstat(path)
+	return err == nil && os.SameFile(a, b)
 }

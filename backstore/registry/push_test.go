@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
@@ -298,4 +299,107 @@ func TestLockDirOfAnother(t *testing.T) {
 	f.o.LockDir = file
 	_, err := f.lock(t.Context(), "x")
 	require.Error(t, err)
+}
+
+// TestTags lists tags of a registry that gives them in pages, and as it likes.
+func TestTags(t *testing.T) {
+	f := newFixture(t, Options{}, regtest.RegistryOptions{})
+	for _, tag := range []string{"a", "p-1", "p-2", "q"} {
+		f.put(t, f.repo+":"+tag, ocispec.MediaTypeImageManifest, image("x", nil))
+	}
+	got, err := f.Tags(t.Context(), f.repo, "p-")
+	require.NoError(t, err)
+	require.Equal(t, []string{"p-1", "p-2"}, got)
+	got, err = f.Tags(t.Context(), f.addr+"/nosuch", "p-")
+	require.NoError(t, err)
+	require.Empty(t, got)
+
+	asked := 0
+	f.link.SetFault(func(r *http.Request) *regtest.Fault {
+		asked++
+		if r.URL.Query().Get("page") == "" {
+			require.Equal(t, "p-", r.URL.Query().Get("last"))
+			return &regtest.Fault{Status: 200, Body: `{"tags":["p-1","p-2"]}`, Header: http.Header{"Link": {`</v2/x/tags/list?page=2>; rel="next"`}}}
+		}
+		return &regtest.Fault{Status: 200, Body: `{"tags":["p-3","p-\u0000","q"]}`, Header: http.Header{"Link": {`</v2/x/tags/list?page=3>; rel="next"`}}}
+	})
+	got, err = f.Tags(t.Context(), f.repo, "p-")
+	require.NoError(t, err)
+	require.Equal(t, []string{"p-1", "p-2", "p-3"}, got)
+	require.Equal(t, 2, asked, "nothing comes after what is behind the prefix")
+	f.link.SetFault(func(*http.Request) *regtest.Fault { return &regtest.Fault{Status: 200, Body: `[]`} })
+	_, err = f.Tags(t.Context(), f.repo, "p-")
+	require.ErrorContains(t, err, "is not a list of tags")
+	f.link.SetFault(func(*http.Request) *regtest.Fault { return &regtest.Fault{Status: 403} })
+	_, err = f.Tags(t.Context(), f.repo, "p-")
+	require.Error(t, err)
+}
+
+// TestLateLostReferrerIsPutAgain has another machine, whose write took long, overwrite
+// the index after the entry was seen there.
+func TestLateLostReferrerIsPutAgain(t *testing.T) {
+	f := newFixture(t, Options{}, regtest.RegistryOptions{NoReferrers: true})
+	subject := f.put(t, f.repo+":x", ocispec.MediaTypeImageManifest, image("x", nil))
+	raw := mustJSON(t, emptyIndex())
+	other, _ := newClient(t, Options{})
+	r, err := ParseReference(f.repo)
+	require.NoError(t, err)
+	var gets atomic.Int64
+	f.link.SetFault(func(q *http.Request) *regtest.Fault {
+		// Read to be written, looked at, looked at again.
+		if q.Method == http.MethodGet && strings.HasSuffix(q.URL.Path, FallbackTag(subject.Digest)) && gets.Add(1) == 3 {
+			if _, err := other.putManifest(t.Context(), r, FallbackTag(subject.Digest), ocispec.MediaTypeImageIndex, raw); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	_, err = f.putReferrer(t, f.Client, "one", subject)
+	require.NoError(t, err)
+	require.EqualValues(t, 6, gets.Load())
+	got, err := f.Referrers(t.Context(), f.repo, subject.Digest, "")
+	require.NoError(t, err)
+	require.Len(t, got, 1)
+}
+
+// TestIndexOfMissing has a registry refuse the index: in passing, and as long as it
+// names what somebody has deleted.
+func TestIndexOfMissing(t *testing.T) {
+	f := newFixture(t, Options{}, regtest.RegistryOptions{NoReferrers: true})
+	subject := f.put(t, f.repo+":x", ocispec.MediaTypeImageManifest, image("x", nil))
+	one, err := f.putReferrer(t, f.Client, "one", subject)
+	require.NoError(t, err)
+	gone, err := f.putReferrer(t, f.Client, "gone", subject)
+	require.NoError(t, err)
+	require.NoError(t, f.Delete(t.Context(), f.repo+"@"+gone.Digest.String()))
+	var puts atomic.Int64
+	f.link.SetFault(func(q *http.Request) *regtest.Fault {
+		if q.Method != http.MethodPut || !strings.HasSuffix(q.URL.Path, FallbackTag(subject.Digest)) {
+			return nil
+		}
+		body, err := io.ReadAll(q.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		q.Body = io.NopCloser(bytes.NewReader(body))
+		if puts.Add(1) == 2 || bytes.Contains(body, []byte(gone.Digest)) {
+			return &regtest.Fault{Status: http.StatusBadRequest, Body: `{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN"}]}`}
+		}
+		return nil
+	})
+	two, err := f.putReferrer(t, f.Client, "two", subject)
+	require.NoError(t, err)
+	require.EqualValues(t, 3, puts.Load())
+	got, err := f.Referrers(t.Context(), f.repo, subject.Digest, "")
+	require.NoError(t, err)
+	require.ElementsMatch(t, []digest.Digest{one.Digest, two.Digest}, []digest.Digest{got[0].Digest, got[1].Digest})
+
+	f.link.SetFault(func(q *http.Request) *regtest.Fault {
+		if q.Method == http.MethodPut && strings.HasSuffix(q.URL.Path, FallbackTag(subject.Digest)) {
+			return &regtest.Fault{Status: http.StatusBadRequest}
+		}
+		return nil
+	})
+	_, err = f.putReferrer(t, f.Client, "three", subject)
+	require.ErrorContains(t, err, "400")
 }

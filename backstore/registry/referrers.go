@@ -26,10 +26,13 @@ const (
 	maxReferrers = 10_000
 	// maxUntyped is how many referrers whose type the list leaves open are
 	// looked into.
-	maxUntyped = 32
+	maxUntyped = 1000
 	// fallbackTries is how often an entry is put into a fallback tag's index
-	// that others keep overwriting.
-	fallbackTries = 10
+	// that others keep overwriting, and fallbackWait the longest pause between.
+	fallbackTries = 20
+	fallbackWait  = 5 * time.Second
+	// refusedTries is how often an index that the registry refuses is put again.
+	refusedTries = 5
 )
 
 var errNotIndex = errors.New("the referrers API gave something else than an index")
@@ -338,39 +341,83 @@ func find(list []ocispec.Descriptor, d digest.Digest) int {
 // updateFallback puts an entry into the index under the fallback tag, or with
 // nil takes it out. A registry has no compare-and-swap, so another machine may
 // write an index that does not know of it: after a random while the entry is
-// looked up again.
+// looked up again, and once more after a longer one, which is past what any write
+// takes that was under way. Who was overwritten waits longer the next time, so
+// that many machines get out of each other's way.
 func (c *Client) updateFallback(ctx context.Context, r Reference, subject, dgst digest.Digest, entry *ocispec.Descriptor) error {
-	const caps = docker.HostCapabilityPush
-	for range fallbackTries {
-		changed, err := c.rewriteFallback(ctx, r, subject, dgst, entry)
-		if err != nil || !changed {
+	var gone []digest.Digest // of the index, seen to be missing
+	for try := range fallbackTries {
+		took, changed, err := c.rewriteFallback(ctx, r, subject, dgst, entry, gone)
+		wait := min(max(2*took, 40*time.Millisecond)<<min(try, 8), fallbackWait)
+		switch {
+		case refusesIndex(err) && try < refusedTries:
+			gone, err = c.goneFor(ctx, r, subject, wait)
+			if err != nil {
+				return err
+			}
+			continue
+		case err != nil || !changed && try == 0:
 			return err
 		}
-		if err := c.sleep(ctx, 20*time.Millisecond+rand.N(80*time.Millisecond)); err != nil {
+		if held, err := c.holds(ctx, r, subject, dgst, entry != nil, wait); held || err != nil {
 			return err
-		}
-		idx, err := c.fallbackIndex(ctx, r, subject, caps)
-		if err != nil {
-			return err
-		}
-		if (find(idx.Manifests, dgst) >= 0) == (entry != nil) {
-			return nil
 		}
 	}
 	return fmt.Errorf("%s:%s: others keep overwriting the list of referrers: try again", r.Name(), FallbackTag(subject))
 }
 
-// rewriteFallback is one turn at the index. changed is false where it already
-// says what it should.
-func (c *Client) rewriteFallback(ctx context.Context, r Reference, subject, dgst digest.Digest, entry *ocispec.Descriptor) (changed bool, err error) {
-	unlock, err := c.lock(ctx, r.Name()+"@"+subject.String())
-	if err != nil {
-		return false, err
-	}
-	defer unlock()
+// refusesIndex recognises the answer to an index of a manifest that the registry
+// does not have, since somebody deleted it who did not say so in the index; or that
+// it did not find in a moment when it was just being written.
+func refusesIndex(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Method == http.MethodPut && (e.Status == http.StatusBadRequest || e.Status == http.StatusNotFound)
+}
+
+// goneFor lists what the index names that is missing now and after a while.
+func (c *Client) goneFor(ctx context.Context, r Reference, subject digest.Digest, wait time.Duration) ([]digest.Digest, error) {
 	idx, err := c.fallbackIndex(ctx, r, subject, docker.HostCapabilityPush)
 	if err != nil {
-		return false, err
+		return nil, err
+	}
+	gone := c.missing(ctx, r, &idx)
+	if err := c.sleep(ctx, wait/2+rand.N(wait)); err != nil {
+		return nil, err
+	}
+	still := c.missing(ctx, r, &idx)
+	return slices.DeleteFunc(gone, func(d digest.Digest) bool { return !slices.Contains(still, d) }), nil
+}
+
+// holds looks twice, after a random while about wait and one about three times as
+// long, whether the index still lists the entry, or still does not.
+func (c *Client) holds(ctx context.Context, r Reference, subject, dgst digest.Digest, listed bool, wait time.Duration) (bool, error) {
+	for _, d := range []time.Duration{wait, 3 * wait} {
+		if err := c.sleep(ctx, d/2+rand.N(d)); err != nil {
+			return false, err
+		}
+		idx, err := c.fallbackIndex(ctx, r, subject, docker.HostCapabilityPush)
+		if err != nil {
+			return false, err
+		}
+		if (find(idx.Manifests, dgst) >= 0) != listed {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// rewriteFallback is one turn at the index, and how long that took. changed is
+// false where it already says what it should. What is gone is left out.
+func (c *Client) rewriteFallback(ctx context.Context, r Reference, subject, dgst digest.Digest, entry *ocispec.Descriptor, gone []digest.Digest) (took time.Duration, changed bool, err error) {
+	unlock, err := c.lock(ctx, r.Name()+"@"+subject.String())
+	if err != nil {
+		return 0, false, err
+	}
+	defer unlock()
+	began := c.now()
+	idx, err := c.fallbackIndex(ctx, r, subject, docker.HostCapabilityPush)
+	if err != nil {
+		return 0, false, err
 	}
 	i := find(idx.Manifests, dgst)
 	switch {
@@ -379,12 +426,86 @@ func (c *Client) rewriteFallback(ctx context.Context, r Reference, subject, dgst
 	case i < 0 && entry != nil:
 		idx.Manifests = append(idx.Manifests, *entry)
 	default:
-		return false, nil
+		return 0, false, nil
 	}
+	idx.Manifests = slices.DeleteFunc(idx.Manifests, func(d ocispec.Descriptor) bool {
+		return d.Digest != dgst && slices.Contains(gone, d.Digest)
+	})
+	err = c.putIndex(ctx, r, FallbackTag(subject), &idx)
+	return c.now().Sub(began), true, err
+}
+
+func (c *Client) putIndex(ctx context.Context, r Reference, tag string, idx *ocispec.Index) error {
 	raw, err := json.Marshal(idx)
 	if err != nil {
-		return false, err
+		return err
 	}
-	_, err = c.putManifest(ctx, r, FallbackTag(subject), ocispec.MediaTypeImageIndex, raw)
-	return true, err
+	_, err = c.putManifest(ctx, r, tag, ocispec.MediaTypeImageIndex, raw)
+	return err
+}
+
+// missing are the manifests of an index that the registry does not have, in order.
+func (c *Client) missing(ctx context.Context, r Reference, idx *ocispec.Index) (gone []digest.Digest) {
+	for _, d := range idx.Manifests {
+		if there, err := c.exists(ctx, r, d, docker.HostCapabilityPush); err == nil && !there {
+			gone = append(gone, d.Digest)
+		}
+	}
+	return gone
+}
+
+// Tags lists the tags in the repository of ref that begin with prefix. Registries
+// list tags in lexical order, so that those before them are left out; without
+// the repository there are none.
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md#listing-tags
+func (c *Client) Tags(ctx context.Context, ref, prefix string) ([]string, error) {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	var all []string
+	query := url.Values{"n": {"1000"}, "last": {prefix}}
+	for range maxPages {
+		page, next, err := c.tagPage(ctx, r, query)
+		if errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		if err != nil {
+			return nil, fmt.Errorf("tags of %s: %w", r.Name(), err)
+		}
+		for _, t := range page {
+			if strings.HasPrefix(t, prefix) && tagRE.MatchString(t) {
+				all = append(all, t)
+			}
+		}
+		past := len(page) > 0 && page[len(page)-1] > prefix && !strings.HasPrefix(page[len(page)-1], prefix)
+		if next == nil || past || len(all) >= maxReferrers {
+			break
+		}
+		query = next
+	}
+	return all, nil
+}
+
+func (c *Client) tagPage(ctx context.Context, r Reference, query url.Values) (tags []string, next url.Values, err error) {
+	q := newRequest(r, http.MethodGet, "tags", "list")
+	q.query = query
+	q.caps = docker.HostCapabilityResolve
+	q.use = func(_ *host, resp *http.Response) error {
+		next = nextPage(resp)
+		raw, err := readSmall(resp)
+		if err != nil {
+			return err
+		}
+		var list struct {
+			Tags []string `json:"tags"`
+		}
+		if err := json.Unmarshal(raw, &list); err != nil {
+			return finalf("is not a list of tags: %w", err)
+		}
+		tags = list.Tags
+		return nil
+	}
+	err = c.call(ctx, q)
+	return tags, next, err
 }

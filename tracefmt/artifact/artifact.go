@@ -12,7 +12,12 @@
 // and it is a referrer of its subject (Referrers API or fallback tag, which the
 // registry client asks together). The tag is tried first: it is one request,
 // works at every registry, and no concurrent attaching of another workload can
-// lose it. Where the two disagree the tag is right, because it is written last.
+// lose it. Where the two disagree the tag is right, because it is written last;
+// so a list of all traces looks at the tags too.
+//
+// A registry that does not allow deletes keeps the manifest of a trace that is
+// removed. Its tag then names a manifest of the same workload that is marked as
+// removed and has no trace, and that, being the newest, takes it off the list.
 //
 // A [Store] is safe for concurrent use. It needs no closing; the client is its
 // caller's.
@@ -53,6 +58,7 @@ const (
 	AnnotationBytes    = "dev.reprise.trace.bytes"
 	AnnotationEvents   = "dev.reprise.trace.events"
 	AnnotationDefault  = "dev.reprise.trace.default" // "true", or absent
+	AnnotationRemoved  = "dev.reprise.trace.removed" // "true": the workload has no trace any more
 )
 
 // maxInline is the size of a trace, in bytes, up to which its descriptor carries
@@ -77,7 +83,44 @@ type Entry struct {
 	Ready      time.Duration // 0 never, or not told
 	Bytes      int64
 	Events     int
-	Default    bool // for workloads that have no trace of their own
+	Default    bool  // for workloads that have no trace of their own
+	Size       int64 // bytes of the trace, compressed; 0 as long as only the list is known
+
+	// Choice is why Auto has picked it; empty in what other calls return.
+	Choice Choice
+	// Union are the workloads, sorted, whose traces were joined if Choice is
+	// ByUnion. There is no Descriptor and no single Workload then.
+	Union []string
+
+	removed bool
+}
+
+// A Choice is a reason to replay a trace.
+type Choice string
+
+// The choices of Store.Auto, best first.
+const (
+	Own       Choice = "own"     // it is of the workload
+	ByDefault Choice = "default" // it is marked as the default
+	ByUnion   Choice = "union"   // of all traces of the image
+)
+
+// maxNamed is how many workloads a line names.
+const maxNamed = 5
+
+// String says which trace it is.
+func (e Entry) String() string {
+	switch e.Choice {
+	case ByDefault:
+		return fmt.Sprintf("trace %s of workload %s, the default", e.Descriptor.Digest, e.Workload)
+	case ByUnion:
+		names, more := e.Union, ""
+		if n := len(names) - maxNamed; n > 0 {
+			names, more = names[:maxNamed], fmt.Sprintf(" and %d more", n)
+		}
+		return fmt.Sprintf("union of the traces of other workloads: %s%s", strings.Join(names, ", "), more)
+	}
+	return fmt.Sprintf("trace %s of workload %s", e.Descriptor.Digest, e.Workload)
 }
 
 // entry reads the annotations of a trace's manifest. They are the word of
@@ -93,6 +136,7 @@ func entry(d ocispec.Descriptor) Entry {
 		Bytes:      number(a[AnnotationBytes], math.MaxInt64),
 		Events:     int(number(a[AnnotationEvents], tracefmt.MaxEvents)),
 		Default:    a[AnnotationDefault] == "true",
+		removed:    a[AnnotationRemoved] == "true",
 	}
 }
 
@@ -121,24 +165,29 @@ func annotations(t *tracefmt.Trace, o *PushOptions) map[string]string {
 	return a
 }
 
-// latest keeps the newest entry of each workload, sorted by name. A registry
-// that does not allow deletes lists the replaced ones as well.
+// latest keeps the newest entry of each workload, sorted by name, unless it says
+// that the workload has none any more. A registry that does not allow deletes
+// lists the replaced and the removed ones as well.
 func latest(all []Entry) []Entry {
 	slices.SortStableFunc(all, func(a, b Entry) int {
 		return cmp.Or(cmp.Compare(a.Workload, b.Workload), b.Created.Compare(a.Created))
 	})
-	return slices.CompactFunc(all, func(a, b Entry) bool { return a.Workload == b.Workload })
+	all = slices.CompactFunc(all, func(a, b Entry) bool { return a.Workload == b.Workload })
+	return slices.DeleteFunc(all, func(e Entry) bool { return e.removed })
 }
 
 // Tag is the tag of the trace of a workload: sha256-HEX.reprise-HASH.
 func Tag(subject digest.Digest, workload string) string {
 	sum := sha256.Sum256([]byte(workload))
-	return registry.FallbackTag(subject) + ".reprise-" + hex.EncodeToString(sum[:8])
+	return tagPrefix(subject) + hex.EncodeToString(sum[:8])
 }
+
+// tagPrefix begins the tags of all traces of an image.
+func tagPrefix(subject digest.Digest) string { return registry.FallbackTag(subject) + ".reprise-" }
 
 // DefaultTag is the tag of the trace that was last attached as the default.
 func DefaultTag(subject digest.Digest) string {
-	return registry.FallbackTag(subject) + ".reprise-default"
+	return tagPrefix(subject) + "default"
 }
 
 // DefaultWorkload names what is started by its effective entrypoint and

@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/reprise-project/reprise/backstore/registry"
+	"github.com/reprise-project/reprise/backstore/registry/registrytest"
 	"github.com/reprise-project/reprise/backstore/registry/regtest"
 	"github.com/reprise-project/reprise/tracefmt"
 )
@@ -35,6 +36,7 @@ type site struct {
 	link    *regtest.Link
 	ref     string
 	lockDir string
+	patient bool // with a registry that fails in passing
 	subject ocispec.Descriptor
 }
 
@@ -46,19 +48,29 @@ func newSite(t *testing.T, noReferrers bool) *site {
 	srv, err := regtest.Start(context.Background(), link)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, srv.Close()) })
-	s := &site{t: t, link: link, ref: srv.Addr + "/app:1", lockDir: t.TempDir()}
+	return siteAt(t, srv.Addr, link)
+}
+
+func siteAt(t *testing.T, addr string, link *regtest.Link) *site {
+	s := &site{t: t, link: link, ref: addr + "/app:1", lockDir: t.TempDir()}
 	s.Store = s.client()
 	s.subject = s.putImage()
 	return s
 }
 
+// each runs a test at registries of all kinds.
+func each(t *testing.T, o registrytest.Options, f func(t *testing.T, s *site)) {
+	registrytest.Each(t, o, func(t *testing.T, r *registrytest.Registry) { f(t, siteAt(t, r.Addr, r.Link)) })
+}
+
 // client is a store over a client of its own, which has nothing cached.
 func (s *site) client() *Store {
 	s.t.Helper()
-	c, err := registry.New(&registry.Options{
-		HostsDir: s.t.TempDir(), DockerConfigDir: s.t.TempDir(), LockDir: s.lockDir,
-		PlainHTTP: true, Attempts: 2, Backoff: time.Millisecond,
-	})
+	o := &registry.Options{HostsDir: s.t.TempDir(), DockerConfigDir: s.t.TempDir(), LockDir: s.lockDir, PlainHTTP: true}
+	if !s.patient {
+		o.Attempts, o.Backoff = 2, time.Millisecond
+	}
+	c, err := registry.New(o)
 	require.NoError(s.t, err)
 	s.t.Cleanup(func() { require.NoError(s.t, c.Close()) })
 	store, err := New(c, s.ref)
@@ -80,16 +92,6 @@ func (s *site) putManifest(m ocispec.Manifest, ref string) ocispec.Descriptor {
 	d := ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
 	require.NoError(s.t, s.c.Push(context.Background(), ref, d, opener(raw)))
 	return d
-}
-
-// noDeletes makes the registry refuse them, as most do by default.
-func (s *site) noDeletes() {
-	s.link.SetFault(func(r *http.Request) *regtest.Fault {
-		if r.Method == http.MethodDelete {
-			return &regtest.Fault{Status: http.StatusMethodNotAllowed}
-		}
-		return nil
-	})
 }
 
 // trace makes one of n scattered reads.
@@ -145,7 +147,7 @@ func workloads(entries []Entry) []string {
 }
 
 func TestPushListPull(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
 		ctx := context.Background()
 		list, err := s.List(ctx, s.subject.Digest)
 		require.NoError(t, err)
@@ -235,6 +237,8 @@ func TestRoundTrips(t *testing.T) {
 		"own, large":           {"w", true, false, false, []int{2, 1}},
 		"default, large":       {"d", true, false, false, []int{2, 1}},
 		"none":                 {"", false, false, false, []int{2, 2}},
+		"union":                {"o", false, false, false, []int{2, 2, 1}},
+		"union, large":         {"o", true, false, false, []int{2, 2, 1, 1}},
 		"own, copied":          {"w", false, true, false, []int{2, 2, 1}},
 		"default, copied":      {"d", false, true, false, []int{2, 2, 1}},
 		"pull":                 {"w", false, false, true, []int{1}},
@@ -296,7 +300,7 @@ func (s *site) dropTags() {
 
 // TestDefaultMoves attaches defaults one after the other.
 func TestDefaultMoves(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
 		auto := func(want string) {
 			t.Helper()
 			tr, _, err := s.client().Auto(context.Background(), s.subject.Digest, "x")
@@ -315,12 +319,17 @@ func TestDefaultMoves(t *testing.T) {
 		auto("b")
 		s.push(trace("c", 12), nil)
 		auto("b")
+		list, err := s.List(context.Background(), s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []bool{false, true, false}, []bool{list[0].Default, list[1].Default, list[2].Default})
 		s.push(trace("b", 13), &PushOptions{Created: at(2)}) // no longer
 		auto("a")
-		require.NoError(t, s.Delete(context.Background(), s.subject.Digest, "b"))
+		_, err = s.Delete(context.Background(), s.subject, "b")
+		require.NoError(t, err)
 		auto("a")
-		require.NoError(t, s.Delete(context.Background(), s.subject.Digest, "a"))
-		auto("")
+		_, err = s.Delete(context.Background(), s.subject, "a")
+		require.NoError(t, err)
+		auto("c") // all that there is
 	})
 }
 
@@ -379,7 +388,7 @@ func TestPullByTagAlone(t *testing.T) {
 }
 
 func TestReplace(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
 		ctx := context.Background()
 		first := s.push(trace("w", 50), nil)
 		s.push(trace("other", 10), nil)
@@ -391,41 +400,180 @@ func TestReplace(t *testing.T) {
 		_, _, err = s.client().PullDigest(ctx, first.Descriptor.Digest)
 		require.ErrorIs(t, err, os.ErrNotExist)
 
-		s.noDeletes()
-		s.push(trace("w", 70), nil)
-		list, err = s.List(ctx, s.subject.Digest)
+		_, err = s.Push(ctx, s.subject, trace("w", 70), &PushOptions{New: true})
+		require.ErrorIs(t, err, os.ErrExist)
+		_, err = s.Push(ctx, s.subject, trace("new", 70), &PushOptions{New: true})
 		require.NoError(t, err)
-		require.Equal(t, []string{"other", "w"}, workloads(list))
-		require.Equal(t, 70, list[1].Events)
+		tr, _, err := s.client().Pull(ctx, s.subject.Digest, "w")
+		require.NoError(t, err)
+		require.Len(t, tr.Events, 60)
+	})
+}
+
+// TestNoDeletes replaces and removes at registries that keep everything.
+func TestNoDeletes(t *testing.T) {
+	each(t, registrytest.Options{NoDeletes: true}, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		at := time.Now().Add(time.Hour) // by the clock of another machine
+		first := s.push(trace("w", 50), &PushOptions{Created: at, Default: true})
+		s.push(trace("other", 10), nil)
+		s.push(trace("w", 70), &PushOptions{Default: true})
+		has := func(want ...string) []Entry {
+			t.Helper()
+			list, err := s.client().List(ctx, s.subject.Digest)
+			require.NoError(t, err)
+			require.Equal(t, want, workloads(list))
+			return list
+		}
+		require.Equal(t, 70, has("other", "w")[1].Events)
 		tr, _, err := s.client().Pull(ctx, s.subject.Digest, "w")
 		require.NoError(t, err)
 		require.Len(t, tr.Events, 70)
+
+		kept, err := s.Delete(ctx, s.subject, "w")
+		require.NoError(t, err)
+		require.True(t, kept)
+		has("other")
+		_, err = s.Delete(ctx, s.subject, "w")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		_, _, err = s.client().Pull(ctx, s.subject.Digest, "w")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		_, e, err := s.client().Auto(ctx, s.subject.Digest, "w")
+		require.NoError(t, err)
+		require.Equal(t, []string{"other"}, e.Union, "not the default, which is gone")
+		_, _, err = s.client().PullDigest(ctx, first.Descriptor.Digest)
+		require.NoError(t, err, "it is kept")
+
+		// Attached again, from a machine whose clock is behind.
+		_, err = s.Push(ctx, s.subject, trace("w", 20), &PushOptions{New: true})
+		require.NoError(t, err)
+		require.Equal(t, 20, has("other", "w")[1].Events)
+		del, err := s.DeleteDigest(ctx, s.subject, has("other", "w")[1].Descriptor.Digest)
+		require.NoError(t, err)
+		require.Equal(t, Deleted{"w", true}, del)
+		has("other")
+	})
+}
+
+// TestAuto has traces of more and more kinds beside the image.
+func TestAuto(t *testing.T) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		auto := func(c Choice, says string) *tracefmt.Trace {
+			t.Helper()
+			tr, e, err := s.client().Auto(ctx, s.subject.Digest, "w")
+			require.NoError(t, err)
+			require.Equal(t, c, e.Choice)
+			require.Contains(t, e.String(), says)
+			return tr
+		}
+		_, _, err := s.client().Auto(ctx, s.subject.Digest, "w")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		s.push(trace("a", 10), nil)
+		require.Len(t, auto(ByUnion, "of other workloads: a").Events, 10)
+		s.push(largeTrace("b"), nil) // not inline
+		union, err := func() (*tracefmt.Trace, error) {
+			tr, _, err := tracefmt.Merge([]*tracefmt.Trace{trace("a", 10), largeTrace("b")}, tracefmt.MergeUnion)
+			return tr, err
+		}()
+		require.NoError(t, err)
+		require.Equal(t, union.Bytes(), auto(ByUnion, "of other workloads: a, b").Bytes())
+		s.push(trace("d", 13), &PushOptions{Default: true})
+		require.Len(t, auto(ByDefault, "of workload d, the default").Events, 13)
+		s.push(trace("w", 14), nil)
+		require.Len(t, auto(Own, "of workload w").Events, 14)
+	})
+}
+
+// TestUnionIsBounded takes the newest of many, and leaves out what cannot be read.
+func TestUnionIsBounded(t *testing.T) {
+	s := newSite(t, false)
+	at := time.Unix(1_700_000_000, 0)
+	for i := range maxUnion + 3 {
+		s.push(trace(fmt.Sprintf("w%02d", i), 10+i), &PushOptions{Created: at.Add(time.Duration(i) * time.Second)})
+	}
+	empty := ocispec.DescriptorEmptyJSON
+	s.putManifest(ocispec.Manifest{
+		ArtifactType: ArtifactType, Config: empty, Layers: []ocispec.Descriptor{empty}, Subject: &s.subject,
+		Annotations: map[string]string{AnnotationWorkload: "bad", ocispec.AnnotationCreated: time.Now().Format(time.RFC3339Nano)},
+	}, s.ref+"-bad")
+	_, e, err := s.client().Auto(context.Background(), s.subject.Digest, "w")
+	require.NoError(t, err)
+	require.Len(t, e.Union, maxUnion-1)
+	require.Equal(t, "w04", e.Union[0])
+}
+
+// TestListFindsLost takes entries out of the list of referrers: their tags are
+// still there.
+func TestListFindsLost(t *testing.T) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		for i := range 3 {
+			s.push(trace(fmt.Sprint("w", i), 10), &PushOptions{Default: i == 0})
+		}
+		s.link.SetFault(func(r *http.Request) *regtest.Fault {
+			if strings.HasSuffix(r.URL.Path, registry.FallbackTag(s.subject.Digest)) || strings.Contains(r.URL.Path, "/referrers/") {
+				return &regtest.Fault{Status: http.StatusNotFound}
+			}
+			return nil
+		})
+		list, err := s.client().List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Equal(t, []string{"w0", "w1", "w2"}, workloads(list))
+		require.True(t, list[0].Default)
+	})
+}
+
+// TestDeletedByOthers has manifests deleted that the fallback tag lists.
+func TestDeletedByOthers(t *testing.T) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
+		ctx := context.Background()
+		gone := s.push(trace("gone", 10), nil)
+		require.NoError(t, s.c.Delete(ctx, s.Store.ref.WithDigest(gone.Descriptor.Digest).String()))
+		s.push(trace("w", 11), nil)
+		tr, e, err := s.client().Auto(ctx, s.subject.Digest, "x")
+		require.NoError(t, err)
+		require.Equal(t, "w", strings.Join(e.Union, ","))
+		require.Len(t, tr.Events, 11)
 	})
 }
 
 func TestDelete(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
 		ctx := context.Background()
 		s.push(trace("w", 50), nil)
 		s.push(trace("other", 50), nil)
-		require.NoError(t, s.Delete(ctx, s.subject.Digest, "w"))
-		require.ErrorIs(t, s.Delete(ctx, s.subject.Digest, "w"), os.ErrNotExist)
-		_, _, err := s.client().Pull(ctx, s.subject.Digest, "w")
+		kept, err := s.Delete(ctx, s.subject, "w")
+		require.NoError(t, err)
+		require.False(t, kept)
+		_, err = s.Delete(ctx, s.subject, "w")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		_, _, err = s.client().Pull(ctx, s.subject.Digest, "w")
 		require.ErrorIs(t, err, os.ErrNotExist)
 		list, err := s.client().List(ctx, s.subject.Digest)
 		require.NoError(t, err)
 		require.Equal(t, []string{"other"}, workloads(list))
 
-		s.noDeletes()
-		require.ErrorIs(t, s.Delete(ctx, s.subject.Digest, "other"), errors.ErrUnsupported)
+		_, err = s.DeleteDigest(ctx, s.subject, s.subject.Digest)
+		require.ErrorIs(t, err, os.ErrNotExist)
+		del, err := s.DeleteDigest(ctx, s.subject, list[0].Descriptor.Digest)
+		require.NoError(t, err)
+		require.Equal(t, Deleted{"other", false}, del)
+		list, err = s.client().List(ctx, s.subject.Digest)
+		require.NoError(t, err)
+		require.Empty(t, list)
 	})
 }
 
+// TestConcurrentPush has many machines, which do not see each other's locks, attach
+// a trace each at the same time.
 func TestConcurrentPush(t *testing.T) {
-	both(t, func(t *testing.T, s *site) {
-		const n = 8
+	each(t, registrytest.Options{}, func(t *testing.T, s *site) {
+		const n = 12
 		var wg sync.WaitGroup
+		s.patient = true // version 2.8 gives 500 for a tag that is just being written
 		for i := range n {
+			s.lockDir = t.TempDir()
 			store := s.client()
 			wg.Go(func() {
 				_, err := store.Push(context.Background(), s.subject, trace(fmt.Sprint("w", i), 10+i), nil)
@@ -435,6 +583,9 @@ func TestConcurrentPush(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		referrers, err := s.c.Referrers(context.Background(), s.ref, s.subject.Digest, ArtifactType)
+		require.NoError(t, err)
+		require.Len(t, referrers, n)
 		list, err := s.List(context.Background(), s.subject.Digest)
 		require.NoError(t, err)
 		require.Len(t, list, n)
@@ -467,7 +618,8 @@ func TestPushRefuses(t *testing.T) {
 	require.Error(t, err)
 	_, _, err = s.Pull(context.Background(), s.subject.Digest, "")
 	require.ErrorContains(t, err, "a name has")
-	require.Error(t, s.Delete(context.Background(), "sha256:x", "w"))
+	_, err = s.Delete(context.Background(), ocispec.Descriptor{Digest: "sha256:x"}, "w")
+	require.Error(t, err)
 	_, err = New(s.c, "no registry")
 	require.Error(t, err)
 }
@@ -599,4 +751,33 @@ func TestDefaultWorkload(t *testing.T) {
 	}
 	require.NotEqual(t, DefaultWorkload([]string{"a", "b c"}), DefaultWorkload([]string{"a", "b", "c"}))
 	require.Equal(t, DefaultWorkload([]string{"python3", "a.py"}), DefaultWorkload([]string{"python3", "a.py"}))
+}
+
+// FuzzWithLayer adds a layer to configs of all kinds: what was there stays.
+func FuzzWithLayer(f *testing.F) {
+	f.Add([]byte(`{"architecture":"amd64","rootfs":{"type":"layers","diff_ids":["sha256:x"]},"history":[{"created_by":"x","unknown":1}],"more":[1]}`), 1)
+	f.Add([]byte(`{"rootfs":{}}`), 0)
+	f.Add([]byte(`[]`), 0)
+	f.Add([]byte(`null`), 0)
+	f.Fuzz(func(t *testing.T, config []byte, layers int) {
+		out, err := withLayer(config, layers, "sha256:y")
+		if err != nil {
+			return
+		}
+		type document struct {
+			RootFS  ocispec.RootFS    `json:"rootfs"`
+			History []json.RawMessage `json:"history"`
+		}
+		var was, is document
+		require.NoError(t, json.Unmarshal(config, &was))
+		require.NoError(t, json.Unmarshal(out, &is))
+		require.Equal(t, append(was.RootFS.DiffIDs, "sha256:y"), is.RootFS.DiffIDs)
+		require.Len(t, is.History, len(was.History)+1)
+		var a, b map[string]json.RawMessage
+		require.NoError(t, json.Unmarshal(config, &a))
+		require.NoError(t, json.Unmarshal(out, &b))
+		for k := range a {
+			require.Contains(t, b, k)
+		}
+	})
 }

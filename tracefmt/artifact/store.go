@@ -45,8 +45,13 @@ type PushOptions struct {
 	// several the one attached last counts.
 	Default bool
 
-	// Created is the time of attaching. Default: now.
+	// Created is the time of attaching. Default: now, and later than that of the
+	// trace that is replaced.
 	Created time.Time
+
+	// New refuses to replace a trace: where the workload has one, the error is
+	// os.ErrExist.
+	New bool
 }
 
 func (o *PushOptions) filled(t *tracefmt.Trace) PushOptions {
@@ -59,9 +64,6 @@ func (o *PushOptions) filled(t *tracefmt.Trace) PushOptions {
 	}
 	if f.Workload == "" {
 		f.Workload = DefaultWorkload(t.Args)
-	}
-	if f.Created.IsZero() {
-		f.Created = time.Now()
 	}
 	return f
 }
@@ -79,14 +81,23 @@ func (s *Store) Push(ctx context.Context, subject ocispec.Descriptor, t *tracefm
 }
 
 func (s *Store) push(ctx context.Context, subject ocispec.Descriptor, t *tracefmt.Trace, o *PushOptions) (Entry, error) {
-	p, err := pack(subject, t, o)
-	if err != nil {
+	if err := errors.Join(checkAttachable(t), checkWorkload(o.Workload)); err != nil {
 		return Entry{}, err
 	}
 	// What is replaced is listed before the new one is there: two who attach
 	// the same workload at once can then not remove each other's.
-	old, err := s.upload(ctx, subject.Digest, p, o.Workload)
+	old, err := s.replaced(ctx, subject.Digest, o)
 	if err != nil {
+		return Entry{}, err
+	}
+	if o.Created.IsZero() {
+		o.Created = after(old)
+	}
+	p, err := pack(subject, t, o)
+	if err != nil {
+		return Entry{}, err
+	}
+	if err := s.upload(ctx, p); err != nil {
 		return Entry{}, err
 	}
 	if err := s.c.PutReferrer(ctx, s.ref.Name(), p.manifest, p.raw); err != nil {
@@ -106,21 +117,52 @@ func (s *Store) push(ctx context.Context, subject ocispec.Descriptor, t *tracefm
 	return entry(d), s.remove(ctx, subject.Digest, old, d.Digest)
 }
 
-// upload sends the blobs, and meanwhile looks which traces p replaces.
-func (s *Store) upload(ctx context.Context, subject digest.Digest, p *packed, workload string) (old []Entry, err error) {
-	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		return s.c.Push(gctx, s.ref.Name(), p.layer, opener(p.blob))
-	})
-	g.Go(func() error {
-		return s.c.Push(gctx, s.ref.Name(), ocispec.DescriptorEmptyJSON, opener(ocispec.DescriptorEmptyJSON.Data))
-	})
-	g.Go(func() (err error) {
-		old, err = s.list(gctx, subject)
-		return err
-	})
-	err = g.Wait()
-	return slices.DeleteFunc(old, func(e Entry) bool { return e.Workload != workload }), err
+// replaced lists what is of the workload.
+func (s *Store) replaced(ctx context.Context, subject digest.Digest, o *PushOptions) ([]Entry, error) {
+	all, err := s.list(ctx, subject)
+	if err != nil {
+		return nil, err
+	}
+	old := slices.DeleteFunc(all, func(e Entry) bool { return e.Workload != o.Workload })
+	if !o.New {
+		return old, nil
+	}
+	there := len(latest(slices.Clone(old))) > 0
+	if !there {
+		m, err := s.tagged(ctx, subject, Tag(subject, o.Workload))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+		there = err == nil && checkIsOf(m, o.Workload) == nil
+	}
+	if there {
+		return nil, fmt.Errorf("it has one: %w", os.ErrExist)
+	}
+	return old, nil
+}
+
+// after is now, or a moment after the newest of the entries: another machine's
+// clock may be ahead.
+func after(old []Entry) time.Time {
+	now := time.Now()
+	for _, e := range old {
+		if !e.Created.Before(now) {
+			now = e.Created.Add(1)
+		}
+	}
+	return now
+}
+
+// upload sends the blobs.
+func (s *Store) upload(ctx context.Context, p *packed) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return s.c.Push(ctx, s.ref.Name(), p.layer, opener(p.blob)) })
+	g.Go(func() error { return s.pushEmpty(ctx) })
+	return g.Wait()
+}
+
+func (s *Store) pushEmpty(ctx context.Context) error {
+	return s.c.Push(ctx, s.ref.Name(), ocispec.DescriptorEmptyJSON, opener(ocispec.DescriptorEmptyJSON.Data))
 }
 
 func opener(b []byte) func() (io.ReadCloser, error) {
@@ -152,12 +194,6 @@ type packed struct {
 }
 
 func pack(subject ocispec.Descriptor, t *tracefmt.Trace, o *PushOptions) (*packed, error) {
-	if err := checkAttachable(t); err != nil {
-		return nil, err
-	}
-	if err := checkWorkload(o.Workload); err != nil {
-		return nil, err
-	}
 	c := tracefmt.Trace{Header: t.Header, Events: t.Events, End: t.End}
 	c.Workload = o.Workload
 	c.Compact()
@@ -168,8 +204,26 @@ func pack(subject ocispec.Descriptor, t *tracefmt.Trace, o *PushOptions) (*packe
 	if blob.Len() > maxBlob {
 		return nil, fmt.Errorf("trace of %d bytes, compressed: at most %d; record with a shorter time", blob.Len(), maxBlob)
 	}
-	p := &packed{blob: blob.Bytes(), annotations: annotations(&c, o)}
-	return p, p.build(subject)
+	p := &packed{
+		blob:        blob.Bytes(),
+		layer:       ocispec.Descriptor{MediaType: LayerType, Digest: digest.FromBytes(blob.Bytes()), Size: int64(blob.Len())},
+		annotations: annotations(&c, o),
+	}
+	layer := p.layer
+	if len(p.blob) <= maxInline {
+		layer.Data = p.blob
+	}
+	return p, p.build(subject, layer)
+}
+
+// packGone is the manifest that takes a workload off the list.
+func packGone(subject ocispec.Descriptor, workload string, created time.Time) (*packed, error) {
+	p := &packed{annotations: map[string]string{
+		ocispec.AnnotationCreated: created.UTC().Format(time.RFC3339Nano),
+		AnnotationWorkload:        workload,
+		AnnotationRemoved:         "true",
+	}}
+	return p, p.build(subject, ocispec.DescriptorEmptyJSON)
 }
 
 // checkAttachable tells whether t can be of use to an image.
@@ -185,12 +239,7 @@ func checkAttachable(t *tracefmt.Trace) error {
 	return nil
 }
 
-func (p *packed) build(subject ocispec.Descriptor) (err error) {
-	p.layer = ocispec.Descriptor{MediaType: LayerType, Digest: digest.FromBytes(p.blob), Size: int64(len(p.blob))}
-	layer := p.layer
-	if len(p.blob) <= maxInline {
-		layer.Data = p.blob
-	}
+func (p *packed) build(subject, layer ocispec.Descriptor) (err error) {
 	p.raw, err = json.Marshal(ocispec.Manifest{
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
@@ -209,13 +258,83 @@ func (p *packed) build(subject ocispec.Descriptor) (err error) {
 	return err
 }
 
-// List returns the traces of an image, one for each workload, sorted by name.
+// List returns the traces of an image, one for each workload, sorted by name. One
+// at most is the default. Those that a list of referrers has lost it finds by their tags, where the
+// registry lists tags.
 func (s *Store) List(ctx context.Context, subject digest.Digest) ([]Entry, error) {
-	all, err := s.list(ctx, subject)
+	all, err := s.listTagged(ctx, subject)
 	if err != nil {
 		return nil, fmt.Errorf("list traces of %s@%s: %w", s.ref.Name(), subject, err)
 	}
-	return latest(all), nil
+	all = latest(all)
+	if d := defaultOf(all); d != nil {
+		for i := range all {
+			all[i].Default = &all[i] == d
+		}
+	}
+	return all, nil
+}
+
+// listTagged returns all traces that refer to subject or have a tag of it.
+func (s *Store) listTagged(ctx context.Context, subject digest.Digest) ([]Entry, error) {
+	if err := subject.Validate(); err != nil {
+		return nil, err
+	}
+	var all []Entry
+	var tags []string
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		all, err = s.list(gctx, subject)
+		return err
+	})
+	g.Go(func() error {
+		tags, _ = s.c.Tags(gctx, s.ref.Name(), tagPrefix(subject)) // not all registries do that
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	listed := map[string]bool{DefaultTag(subject): true}
+	for _, e := range all {
+		listed[Tag(subject, e.Workload)] = true
+	}
+	tags = slices.DeleteFunc(tags, func(t string) bool { return listed[t] })
+	more, err := s.readTags(ctx, subject, tags[:min(len(tags), maxEntries)])
+	return append(all, more...), err
+}
+
+// readTags returns the entries of traces under tags of their own.
+func (s *Store) readTags(ctx context.Context, subject digest.Digest, tags []string) ([]Entry, error) {
+	each := make([]Entry, len(tags))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i, tag := range tags {
+		g.Go(func() error {
+			m, err := s.c.ManifestByTag(ctx, s.ref.Name(), tag)
+			if errors.Is(err, os.ErrNotExist) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			if m.ArtifactType == ArtifactType && checkSubject(&m, subject) == nil && Tag(subject, m.Annotations[AnnotationWorkload]) == tag {
+				each[i] = manifestEntry(&m)
+			}
+			return nil
+		})
+	}
+	err := g.Wait()
+	return slices.DeleteFunc(each, func(e Entry) bool { return checkWorkload(e.Workload) != nil }), err
+}
+
+func manifestEntry(m *registry.Manifest) Entry {
+	d := m.Descriptor
+	d.ArtifactType, d.Annotations = m.ArtifactType, m.Annotations
+	e := entry(d)
+	if len(m.Layers) > 0 {
+		e.Size = m.Layers[0].Size
+	}
+	return e
 }
 
 // list returns all traces that refer to subject, replaced ones too.
@@ -258,77 +377,4 @@ func (s *Store) fill(ctx context.Context, d *ocispec.Descriptor) error {
 		d.Annotations = m.Annotations
 	}
 	return nil
-}
-
-// Delete removes the trace of a workload. Without one the error is
-// os.ErrNotExist; a registry that does not allow it gives
-// errors.ErrUnsupported.
-func (s *Store) Delete(ctx context.Context, subject digest.Digest, workload string) error {
-	if err := s.delete(ctx, subject, workload); err != nil {
-		return fmt.Errorf("delete trace of %s of %s@%s: %w", workload, s.ref.Name(), subject, err)
-	}
-	return nil
-}
-
-func (s *Store) delete(ctx context.Context, subject digest.Digest, workload string) error {
-	if err := subject.Validate(); err != nil {
-		return err
-	}
-	digests, err := s.digests(ctx, subject, workload)
-	if err != nil {
-		return err
-	}
-	if len(digests) == 0 {
-		return os.ErrNotExist
-	}
-	for _, d := range digests {
-		err := s.c.DeleteReferrer(ctx, s.ref.Name(), subject, d)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	for _, tag := range []string{Tag(subject, workload), DefaultTag(subject)} {
-		if err := s.untag(ctx, tag, workload); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// untag removes a tag, if it is of a trace of the workload. Most registries have
-// dropped it together with its manifest.
-func (s *Store) untag(ctx context.Context, tag, workload string) error {
-	m, err := s.c.ManifestByTag(ctx, s.ref.Name(), tag)
-	if errors.Is(err, os.ErrNotExist) || err == nil && checkIsOf(&m, workload) != nil {
-		return nil
-	}
-	if err := s.c.Delete(ctx, s.ref.WithTag(tag).String()); !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	return nil
-}
-
-// digests are the manifests of a workload's traces, listed and tagged.
-func (s *Store) digests(ctx context.Context, subject digest.Digest, workload string) ([]digest.Digest, error) {
-	all, err := s.list(ctx, subject)
-	if err != nil {
-		return nil, err
-	}
-	var digests []digest.Digest
-	for _, e := range all {
-		if e.Workload == workload {
-			digests = append(digests, e.Descriptor.Digest)
-		}
-	}
-	m, err := s.tagged(ctx, subject, Tag(subject, workload))
-	if errors.Is(err, os.ErrNotExist) {
-		return digests, nil
-	}
-	if err == nil {
-		err = checkIsOf(m, workload)
-	}
-	if err == nil && !slices.Contains(digests, m.Descriptor.Digest) {
-		digests = append(digests, m.Descriptor.Digest)
-	}
-	return digests, err
 }
