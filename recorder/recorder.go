@@ -9,14 +9,25 @@
 // The recording stops by itself when one of the rules in [Options] says so, or
 // when the caller says so. Rules compose, the first one wins:
 //
-//   - ready: the caller has called Ready, and Tail has passed since;
+//   - ready: the caller has called Ready, and Tail has passed since, or for
+//     Settle nothing was a first touch, or it has called Over;
 //   - quiet: reads have begun, and for Quiet none was a first touch; this is
 //     a guess at being ready and counts only until Ready is called;
 //   - duration, bytes, events: a limit is reached;
-//   - stop: the caller has called Stop, or Wait's context has ended.
+//   - stop: the caller has called Stop, or Over before Ready, or Wait's context
+//     has ended.
+//
+// The time in which a read waits for its bytes is not quiet, if Options.Stalled
+// tells of it.
 //
 // The reason, one line that begins with one of these words, is returned by
 // Wait and written into the end of the trace.
+//
+// [Files] tells which files of the image the bytes of layers belong to; it is
+// made from the mounted image, by [MapFiles] or a [Mapper], and names the files
+// in a trace. [Attribute] names the processes, from what a probe has seen of the
+// device, and [FromDevice] turns such a trace of a device into one of layers. A
+// [DeviceMap] is what all of them need to know of the image.
 //
 // All methods are safe for concurrent use. A Recorder needs no closing beyond
 // Stop and Wait: after Wait its goroutine is gone and nothing is written any
@@ -30,9 +41,12 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"runtime"
 	"slices"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/tracefmt"
@@ -44,11 +58,28 @@ type Options struct {
 	// Default 0.
 	Tail time.Duration
 
+	// Settle ends the tail when nothing new has been touched for so long: for
+	// services that listen before they have loaded all they need. Default 0:
+	// the tail lasts as long as Tail says.
+	Settle time.Duration
+
 	// Quiet stops the recording when, after the first read, nothing new has
-	// been touched for so long. It must be longer than the longest wait for
-	// a fetch, since a read is observed only when its bytes have come.
-	// Default 5 s; negative: never.
+	// been touched for so long. Without Stalled it must be longer than the
+	// longest wait for a fetch, since a read is observed only when its bytes have
+	// come. Default 5 s; negative: never.
 	Quiet time.Duration
+
+	// Stalled tells, whenever it is asked, for how long at least one read has
+	// waited for its bytes, so far. That time counts neither as quiet nor as
+	// settled. It is called by one goroutine at a time. Default: nobody knows.
+	Stalled func() time.Duration
+
+	// Given gives the reads that have come since it was last called and that
+	// nobody observes, those of a probe on a device, with all that is known of
+	// them. One goroutine calls it, ten times a second and, with last set, once at
+	// the end. Stats.Reads does not count them. It is for a header without layers.
+	// Default: none.
+	Given func(last bool) []tracefmt.Event
 
 	// MaxDuration stops the recording so long after Header.Start.
 	// Default 60 s; negative: never.
@@ -68,7 +99,10 @@ func (o *Options) filled() Options {
 	if o != nil {
 		f = *o
 	}
-	f.Tail = max(f.Tail, 0)
+	f.Tail, f.Settle = max(f.Tail, 0), max(f.Settle, 0)
+	if f.Stalled == nil {
+		f.Stalled = func() time.Duration { return 0 }
+	}
 	f.Quiet = durationOr(f.Quiet, 5*time.Second)
 	f.MaxDuration = durationOr(f.MaxDuration, time.Minute)
 	if f.MaxBytes <= 0 {
@@ -112,10 +146,12 @@ type Recorder struct {
 	touched tracefmt.Touched
 	parts   []tracefmt.Event // scratch
 	flushed time.Duration    // when
+	last    bool             // the recording has ended, but for what is still to be kept
 	reason  string
 	err     error
 
 	events, bytes, invalid atomic.Int64
+	cpu                    atomic.Int64 // ns, of run
 }
 
 // Stats are counts so far.
@@ -124,7 +160,15 @@ type Stats struct {
 	Events  int64 // first touches in the trace
 	Bytes   int64 // distinct bytes in the trace
 	Dropped int64 // reads that were lost: too many at once, or outside their layer
+
+	// CPU is the processor time that the recording took, at most: that of the
+	// goroutine that writes, measured, and ObserveCost for each read.
+	CPU time.Duration
 }
+
+// ObserveCost is what a read pays at most for being observed, when the recorder
+// keeps up; see BenchmarkObserveRead.
+const ObserveCost = 200 * time.Nanosecond
 
 // New begins to record into w and starts the goroutine that writes. Each frame
 // is one call of w.Write.
@@ -171,8 +215,18 @@ func (r *Recorder) nudge() {
 
 // Ready says that the workload is ready now, and how that was seen: "port
 // 8080", "exit 0". Only the first call counts.
-func (r *Recorder) Ready(how string) {
-	r.rules.setReady(r.now(), how)
+func (r *Recorder) Ready(how string) { r.ReadyAt(time.Now(), how) }
+
+// ReadyAt is Ready for a moment that has passed.
+func (r *Recorder) ReadyAt(at time.Time, how string) {
+	r.rules.setReady(min(max(at.Sub(r.header.Start), 0), r.now()), how)
+	r.nudge()
+}
+
+// Over says that nothing more will be read, because the container has ended,
+// say. A workload that was ready needs no tail then.
+func (r *Recorder) Over(why string) {
+	r.rules.setOver(why)
 	r.nudge()
 }
 
@@ -206,6 +260,7 @@ func (r *Recorder) Stats() Stats {
 		Events:  r.events.Load(),
 		Bytes:   r.bytes.Load(),
 		Dropped: dropped + r.invalid.Load(),
+		CPU:     time.Duration(r.cpu.Load()) + time.Duration(reads)*ObserveCost,
 	}
 }
 
@@ -215,6 +270,10 @@ func (r *Recorder) now() time.Duration { return max(time.Since(r.header.Start), 
 // run writes the trace until a rule ends it.
 func (r *Recorder) run() {
 	defer close(r.done)
+	runtime.LockOSThread() // whose time is the goroutine's
+	defer runtime.UnlockOSThread()
+	begun := threadTime()
+	defer func() { r.cpu.Store(int64(threadTime() - begun)) }()
 	timer := time.NewTimer(drainEvery)
 	defer timer.Stop()
 	for {
@@ -233,6 +292,15 @@ func (r *Recorder) run() {
 	}
 }
 
+// threadTime is the processor time of the calling thread.
+func threadTime() time.Duration {
+	var t unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &t) != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
+}
+
 // check flushes if it is time to, and asks the rules: the reason to stop, or
 // how long nothing can happen.
 func (r *Recorder) check(now time.Duration) (reason string, next time.Duration) {
@@ -243,12 +311,13 @@ func (r *Recorder) check(now time.Duration) (reason string, next time.Duration) 
 	if r.err != nil {
 		return "error: " + r.err.Error(), 0
 	}
-	return r.rules.check(now, r.events.Load(), r.bytes.Load())
+	return r.rules.check(now, r.opts.Stalled(), r.events.Load(), r.bytes.Load())
 }
 
 // finish takes the reads up to now and writes the end.
 func (r *Recorder) finish(reason string) {
 	r.in.close()
+	r.last = true
 	now := r.now()
 	r.keep(r.in.take(), now)
 	r.reason = reason
@@ -279,8 +348,9 @@ func (r *Recorder) keep(reads []backstore.ReadEvent, now time.Duration) {
 			r.add(&r.parts[j])
 		}
 	}
+	r.keepGiven()
 	if r.events.Load() != before {
-		r.rules.touched(now)
+		r.rules.touched(now, r.opts.Stalled())
 	}
 }
 

@@ -144,6 +144,39 @@ func TestStopRules(t *testing.T) {
 		}, "duration: 1m0s", time.Minute, time.Second, 0},
 		{"ready at once", nil, func(s *start) { s.Ready("exit 0") },
 			"ready: exit 0", 0, time.Microsecond, 0},
+		{"ready, settled", &Options{Tail: time.Minute, Settle: time.Second}, func(s *start) {
+			s.touch()
+			time.Sleep(2 * time.Second)
+			s.Ready("port 80")
+			for range 5 { // it goes on loading
+				s.touch()
+				time.Sleep(500 * time.Millisecond)
+			}
+			s.again()
+		}, "ready: port 80", 5 * time.Second, 2 * time.Second, 6},
+		{"ready, settled at once", &Options{Tail: time.Minute, Settle: time.Second}, func(s *start) {
+			s.touch()
+			time.Sleep(3 * time.Second)
+			s.Ready("port 80")
+		}, "ready: port 80", 4 * time.Second, 3 * time.Second, 1},
+		{"ready, never settled", &Options{Tail: 3250 * time.Millisecond, Settle: time.Second}, func(s *start) {
+			s.Ready("log")
+			for range 10 {
+				s.touch()
+				time.Sleep(500 * time.Millisecond)
+			}
+		}, "ready: log", 3250 * time.Millisecond, time.Microsecond, 7},
+		{"over, ready", &Options{Tail: time.Minute}, func(s *start) {
+			s.touch()
+			time.Sleep(time.Second)
+			s.ReadyAt(s.at.Add(time.Millisecond), "exit 0")
+			s.Over("the container ended")
+		}, "ready: exit 0", time.Second, time.Millisecond, 1},
+		{"over, not ready", nil, func(s *start) {
+			s.touch()
+			time.Sleep(time.Second)
+			s.Over("the container ended")
+		}, "stop: the container ended", time.Second, 0, 1},
 		{"bytes", &Options{MaxBytes: 10_000}, func(s *start) {
 			for range 9 {
 				s.touch()
@@ -176,6 +209,70 @@ func TestStopRules(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A read that waits is not quiet, however long it takes.
+func TestStalled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		waits := backstoreWait{}
+		s := begin(t, &Options{Stalled: waits.total, Tail: time.Minute, Settle: time.Second})
+		s.touch()
+		time.Sleep(2 * time.Second)
+		waits.begin()
+		time.Sleep(20 * time.Second)
+		waits.end()
+		s.touch()
+		time.Sleep(4 * time.Second)
+		waits.begin()
+		time.Sleep(10 * time.Second) // and nothing comes of it
+		waits.end()
+		time.Sleep(500 * time.Millisecond)
+		s.Ready("port 80")
+		waits.begin()
+		time.Sleep(5 * time.Second)
+		waits.end()
+		s.touch()
+		s.ends("ready: port 80", 42500*time.Millisecond)
+	})
+	synctest.Test(t, func(t *testing.T) {
+		waits := backstoreWait{}
+		s := begin(t, &Options{Stalled: waits.total})
+		s.touch()
+		time.Sleep(3 * time.Second)
+		waits.begin()
+		time.Sleep(10 * time.Second)
+		waits.end()
+		s.ends("quiet: nothing new for 5s", 15*time.Second)
+	})
+}
+
+// backstoreWait is the stall of an image.
+type backstoreWait struct {
+	mu    sync.Mutex
+	since time.Time
+	sum   time.Duration
+}
+
+func (w *backstoreWait) begin() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.since = time.Now()
+}
+
+func (w *backstoreWait) end() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.sum += time.Since(w.since)
+	w.since = time.Time{}
+}
+
+func (w *backstoreWait) total() time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.since.IsZero() {
+		return w.sum
+	}
+	return w.sum + time.Since(w.since)
 }
 
 func TestContext(t *testing.T) {
@@ -240,7 +337,10 @@ func TestFirstTouchOnly(t *testing.T) {
 		r.Stop("test")
 		_, err = r.Wait(context.Background())
 		require.NoError(t, err)
-		require.Equal(t, Stats{Reads: 10, Events: 5, Bytes: 10_000 + 1<<30 + 512, Dropped: 6}, r.Stats())
+		got := r.Stats()
+		require.GreaterOrEqual(t, got.CPU, 10*ObserveCost)
+		got.CPU = 0
+		require.Equal(t, Stats{Reads: 10, Events: 5, Bytes: 10_000 + 1<<30 + 512, Dropped: 6}, got)
 		tr, err := tracefmt.Read(&file)
 		require.NoError(t, err)
 		require.Equal(t, []tracefmt.Event{
@@ -305,7 +405,10 @@ func TestConcurrentReads(t *testing.T) {
 	r.Ready("test")
 	_, err = r.Wait(context.Background())
 	require.NoError(t, err)
-	require.Equal(t, Stats{Reads: readers * each, Events: 2 * each, Bytes: 2 * each * 4096}, r.Stats())
+	got := r.Stats()
+	require.Greater(t, got.CPU, readers*each*ObserveCost, "and the time of the writer")
+	got.CPU = 0
+	require.Equal(t, Stats{Reads: readers * each, Events: 2 * each, Bytes: 2 * each * 4096}, got)
 	tr, err := tracefmt.Read(&file)
 	require.NoError(t, err)
 	require.Len(t, tr.Events, 2*each)

@@ -14,11 +14,14 @@ const never = time.Duration(-1)
 type rules struct {
 	opts Options
 
-	last time.Duration // of the last first touch, or never; of the goroutine run
+	// Of the goroutine run: the last first touch, or never, and for how long reads
+	// had waited by then.
+	last, stalled time.Duration
 
 	mu    sync.Mutex    // guards the following
 	ready time.Duration // 0 not yet
 	how   string        // it became ready
+	over  string        // why nothing more will be read; empty if it may be
 	stop  string        // why the caller stops; empty if it does not
 }
 
@@ -38,20 +41,26 @@ func (s *rules) setStop(why string) {
 	}
 }
 
+func (s *rules) setOver(why string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.over = why
+}
+
 func (s *rules) readyTime() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.ready
 }
 
-func (s *rules) touched(now time.Duration) { s.last = now }
+func (s *rules) touched(now, stalled time.Duration) { s.last, s.stalled = now, stalled }
 
 // check returns the reason to stop now, or else how long, if nothing else
-// happens, none will apply.
-func (s *rules) check(now time.Duration, events, bytes int64) (reason string, next time.Duration) {
+// happens, none will apply. stalled is for how long reads have waited so far.
+func (s *rules) check(now, stalled time.Duration, events, bytes int64) (reason string, next time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	settled := s.settled(now)
+	settled := s.settled(now, stalled)
 	most := left(0, s.opts.MaxDuration, now)
 	switch {
 	case s.stop != "":
@@ -60,8 +69,10 @@ func (s *rules) check(now time.Duration, events, bytes int64) (reason string, ne
 		return fmt.Sprintf("events: %d", events), 0
 	case bytes >= s.opts.MaxBytes:
 		return fmt.Sprintf("bytes: %d", bytes), 0
-	case settled <= 0 && s.ready > 0:
+	case s.ready > 0 && (settled <= 0 || s.over != ""):
 		return "ready: " + s.how, 0
+	case s.over != "":
+		return "stop: " + s.over, 0
 	case settled <= 0:
 		return fmt.Sprintf("quiet: nothing new for %v", s.opts.Quiet), 0
 	case most <= 0:
@@ -70,13 +81,18 @@ func (s *rules) check(now time.Duration, events, bytes int64) (reason string, ne
 	return "", min(settled, most)
 }
 
-// settled is the time that is left of Tail or, before it is ready, of Quiet.
-func (s *rules) settled(now time.Duration) time.Duration {
+// settled is the time that is left of the tail or, before it is ready, of Quiet.
+func (s *rules) settled(now, stalled time.Duration) time.Duration {
+	// Nothing was quiet while a read waited.
+	waited := max(stalled-s.stalled, 0)
 	switch {
+	case s.ready > 0 && s.opts.Settle > 0:
+		quiet := left(max(s.ready, s.last)+waited, s.opts.Settle, now)
+		return min(quiet, left(s.ready, s.opts.Tail, now))
 	case s.ready > 0:
 		return left(s.ready, s.opts.Tail, now)
 	case s.last != never:
-		return left(s.last, s.opts.Quiet, now)
+		return left(s.last+waited, s.opts.Quiet, now)
 	}
 	return math.MaxInt64
 }

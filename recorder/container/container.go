@@ -46,6 +46,7 @@ import (
 	"os"
 	"regexp"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -202,6 +203,13 @@ type Container struct {
 	logOnce sync.Once
 	logged  chan struct{} // closed: a line matched, at logTime
 	logTime time.Time
+
+	heardOnce sync.Once
+	heard     chan struct{} // closed: Listens was told of what is waited for
+	heardTime time.Time
+	heardPort int
+	told      atomic.Bool // Listens is told of all that listens
+	how       string      // it became ready; after WaitReady
 }
 
 // Pid is the process ID of the container's first process, in the namespace of
@@ -244,8 +252,12 @@ func (c *Container) Signal(sig unix.Signal) error {
 }
 
 // Stop sends the stop signal, and SIGKILL if the container still runs after
-// grace or when ctx ends, and returns the exit status as Wait does.
+// grace or when ctx ends, and returns the exit status as Wait does. A container
+// whose first process ignores the stop signal is killed at once.
 func (c *Container) Stop(ctx context.Context, grace time.Duration) (int, error) {
+	if c.ignores(c.stop) {
+		grace = 0
+	}
 	if err := c.Signal(c.stop); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return 0, err
 	}

@@ -324,6 +324,60 @@ func TestSignals(t *testing.T) {
 	})
 }
 
+// A first process that ignores the stop signal is not waited for: this test would
+// take an hour.
+func TestStopIgnored(t *testing.T) {
+	probe(t)
+	cfg := baseConfig(makeRoot(t), "deaf")
+	cfg.Ready.Log = regexp.MustCompile("^deaf$")
+	c := start(t, cfg, nil)
+	_, err := c.WaitReady(testContext(t))
+	require.NoError(t, err)
+	status, err := c.Stop(testContext(t), time.Hour)
+	require.NoError(t, err)
+	assert.Equal(t, 137, status)
+}
+
+// Somebody else may tell what a container listens on.
+func TestReadyTold(t *testing.T) {
+	probe(t)
+	lower := makeRoot(t)
+	for name, tt := range map[string]struct {
+		ready Ready
+		ports []int
+		how   string
+	}{
+		"auto":    {Ready{}, []int{4321, 1}, "port 4321"},
+		"port":    {Ready{Port: 4321}, []int{1234, 4321}, "port 4321"},
+		"unknown": {Ready{}, []int{0}, "listens on a port"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := shell(lower, "exec sleep 1000")
+			cfg.Ready = tt.ready
+			c := start(t, cfg, nil)
+			c.Told()
+			at := time.Now().Add(-time.Second)
+			for i, p := range tt.ports {
+				c.Listens(p, at.Add(time.Duration(i)))
+			}
+			got, err := c.WaitReady(testContext(t))
+			require.NoError(t, err)
+			assert.Equal(t, tt.how, c.How())
+			assert.WithinDuration(t, at, got, time.Millisecond)
+		})
+	}
+	t.Run("not what is waited for", func(t *testing.T) {
+		cfg := shell(lower, "exit 0")
+		cfg.Ready.Exit = true
+		c := start(t, cfg, nil)
+		c.Listens(4321, time.Now())
+		at, err := c.WaitReady(testContext(t))
+		require.NoError(t, err)
+		assert.Equal(t, "exit 0", c.How())
+		assert.Equal(t, c.Timeline().Exited, at)
+	})
+}
+
 func TestReady(t *testing.T) {
 	probe(t)
 	lower := makeRoot(t)
@@ -370,6 +424,9 @@ func TestReady(t *testing.T) {
 					at, err := c.WaitReady(testContext(t))
 					require.NoError(t, err)
 					assert.False(t, at.Before(c.Timeline().RuncStarted))
+					if tt.name != "http" && tt.name != "log" {
+						assert.Equal(t, "port "+port, c.How())
+					}
 					t.Log(c.Timeline(), "ready", at.Sub(c.Timeline().Requested))
 				})
 			}
@@ -736,7 +793,7 @@ func BenchmarkListeners(b *testing.B) {
 				p.close()
 			}
 			for b.Loop() {
-				_, err := p.listens(1)
+				_, _, err := p.listens(1)
 				require.NoError(b, err)
 			}
 		})

@@ -134,9 +134,49 @@ func (c *Container) seen(at time.Time) {
 	})
 }
 
+// Told says that Listens will be told of every socket on which a process of the
+// container begins to listen, so that it need not be looked for often.
+func (c *Container) Told() { c.told.Store(true) }
+
+// Listens says that a process of the container began, at that moment, to listen on
+// a TCP port; 0 is a port that is not known.
+func (c *Container) Listens(port int, at time.Time) {
+	if !c.auto() && (c.ready.Port == 0 || c.ready.Port != port) {
+		return
+	}
+	c.heardOnce.Do(func() {
+		c.heardTime, c.heardPort = at, port
+		close(c.heard)
+	})
+}
+
+// How says what WaitReady has seen, once it has: "port 8080", "exit 0".
+func (c *Container) How() string { return c.how }
+
+// rule says in words what was asked to be waited for.
+func (r *Ready) rule() string {
+	switch {
+	case r.Log != nil:
+		return fmt.Sprintf("log %q", r.Log)
+	case r.HTTP != "":
+		return "http " + r.HTTP
+	case len(r.Exec) > 0:
+		return fmt.Sprintf("exec %q", r.Exec)
+	}
+	return "exit 0"
+}
+
+func listensOn(port int) string {
+	if port == 0 {
+		return "listens on a port"
+	}
+	return "port " + strconv.Itoa(port)
+}
+
 // WaitReady waits until the container is ready and returns when that was. A
 // container that ends first is an *ExitedError. It is called once.
 func (c *Container) WaitReady(ctx context.Context) (time.Time, error) {
+	c.how = c.ready.rule()
 	switch r := &c.ready; {
 	case r.Log != nil:
 		return c.waitLog(ctx)
@@ -181,15 +221,25 @@ func (c *Container) waitPort(ctx context.Context) (time.Time, error) {
 		select {
 		case <-c.stage.exited:
 			return c.exit(c.auto())
+		case <-c.heard:
+			c.how = listensOn(c.heardPort)
+			return c.heardTime, nil
 		case <-ctx.Done():
 			return time.Time{}, c.inVain(ctx, err.Error())
 		}
 	}
 	defer ports.close()
-	return c.poll(ctx, ports.every, func(context.Context) (bool, string) {
-		ok, err := ports.listens(c.ready.Port)
+	every := ports.every
+	if c.told.Load() {
+		every = pollTold
+	}
+	return c.poll(ctx, every, func(context.Context) (bool, string) {
+		on, ok, err := ports.listens(c.ready.Port)
 		if err != nil {
 			return false, err.Error()
+		}
+		if ok {
+			c.how = listensOn(on)
 		}
 		return ok, ""
 	})
@@ -265,6 +315,9 @@ func (c *Container) poll(ctx context.Context, every time.Duration, try func(cont
 		}
 		timer.Reset(every)
 		select {
+		case <-c.heard:
+			c.how = listensOn(c.heardPort)
+			return c.heardTime, nil
 		case <-c.stage.exited:
 			return c.exit(c.auto())
 		case <-ctx.Done():

@@ -2,6 +2,8 @@ package container
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -48,4 +50,36 @@ func realtime(base int, offset string) int {
 		return 0
 	}
 	return base + n
+}
+
+// ignores tells whether the container's first process is known to ignore a
+// signal: the first process of a PID namespace gets none that it neither handles
+// nor blocks, to wait for it in another way.
+func (c *Container) ignores(sig unix.Signal) bool {
+	if sig == unix.SIGKILL || sig == unix.SIGSTOP {
+		return false
+	}
+	b, err := os.ReadFile(filepath.Join(c.proc, "status"))
+	if err != nil {
+		return false
+	}
+	return ignoresSignal(string(b), sig)
+}
+
+// ignoresSignal reads /proc/PID/status, see proc(5).
+func ignoresSignal(status string, sig unix.Signal) bool {
+	caught, seen := uint64(0), 0
+	for line := range strings.Lines(status) {
+		key, v, _ := strings.Cut(line, ":")
+		if key != "SigCgt" && key != "SigBlk" {
+			continue
+		}
+		mask, err := strconv.ParseUint(strings.TrimSpace(v), 16, 64)
+		if err != nil {
+			return false
+		}
+		caught |= mask
+		seen++
+	}
+	return seen == 2 && caught&(1<<(sig-1)) == 0
 }

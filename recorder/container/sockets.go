@@ -26,6 +26,7 @@ import (
 const (
 	pollDiag = 2 * time.Millisecond
 	pollText = 20 * time.Millisecond
+	pollTold = 100 * time.Millisecond // where somebody tells of it, and might miss one
 
 	tcpListen = 10 // TCP_LISTEN, include/net/tcp_states.h
 )
@@ -80,18 +81,19 @@ func (p *portProbe) close() {
 	}
 }
 
-// listens says whether the container listens on the port, or any if it is 0.
-func (p *portProbe) listens(port int) (bool, error) {
+// listens says whether the container listens on the port, or any if it is 0, and
+// on which.
+func (p *portProbe) listens(port int) (on int, ok bool, err error) {
 	list, err := p.list()
 	if err != nil {
-		return false, err
+		return 0, false, err
 	}
 	for _, l := range list {
 		if (port == 0 || l.port == port) && p.owned(l.inode) {
-			return true, nil
+			return l.port, true, nil
 		}
 	}
-	return false, nil
+	return 0, false, nil
 }
 
 // owned says whether a process of the container has the socket open. In a

@@ -331,12 +331,12 @@ func TestListWays(t *testing.T) {
 	require.NoError(t, err)
 	assert.Contains(t, ports(text), l)
 	p.owners = "/proc"
-	ok, err := p.listens(l)
+	_, ok, err := p.listens(l)
 	require.NoError(t, err)
 	assert.True(t, ok, "this process owns it")
 	p.owners = t.TempDir()
 	for range 2 {
-		ok, err = p.listens(l)
+		_, ok, err = p.listens(l)
 		require.NoError(t, err)
 		assert.False(t, ok, "no process there does")
 	}
@@ -425,4 +425,18 @@ func FuzzRuntimeSpec(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestIgnoresSignal(t *testing.T) {
+	status := "Name:\tsh\nSigBlk:\t0000000000010000\nSigIgn:\t0000000000004000\nSigCgt:\t0000000000000002\n"
+	for sig, want := range map[unix.Signal]bool{
+		unix.SIGTERM: true,  // SigIgn does not count: it does not handle it
+		unix.SIGINT:  false, // bit 1
+		unix.SIGCHLD: false, // bit 16, blocked: it may be waited for
+		unix.SIGHUP:  true,
+	} {
+		assert.Equal(t, want, ignoresSignal(status, sig), sig)
+	}
+	assert.False(t, ignoresSignal("", unix.SIGTERM), "nobody knows")
+	assert.False(t, ignoresSignal("SigBlk:\tx\nSigCgt:\t0\n", unix.SIGTERM))
 }

@@ -49,7 +49,7 @@ func (s *Stage) prepare(config *Config) (*Config, *Container, error) {
 	if err != nil {
 		return nil, nil, fmt.Errorf("stop signal: %w", err)
 	}
-	c := &Container{stage: s, ready: cfg.Ready, stop: stop, logged: make(chan struct{})}
+	c := &Container{stage: s, ready: cfg.Ready, stop: stop, logged: make(chan struct{}), heard: make(chan struct{})}
 	if err := c.ready.check(cfg.Network); err != nil {
 		return nil, nil, err
 	}

@@ -41,11 +41,13 @@ type Request struct {
 	// Begun is the zero of the phases, now by default.
 	Begun time.Time `json:"begun"`
 
-	// Trace, Workload and Args are those of [ImageOptions].
+	// Trace, Workload, Args and Entrypoint are those of [ImageOptions].
 	Trace    string           `json:"trace,omitempty"`
 	Workload string           `json:"workload,omitempty"`
 	Args     []string         `json:"args,omitempty"`
 	Plan     replayer.Options `json:"plan"`
+
+	Entrypoint []string `json:"entrypoint,omitempty"`
 
 	// PlainHTTP and HostsDir are those of the registry client.
 	PlainHTTP bool   `json:"plain_http,omitempty"`
@@ -87,7 +89,7 @@ func (r *Request) place() string {
 }
 
 func (r *Request) imageOptions() ImageOptions {
-	return ImageOptions{Trace: r.trace(), Workload: r.Workload, Args: r.Args}
+	return ImageOptions{Trace: r.trace(), Workload: r.Workload, Args: r.Args, Entrypoint: r.Entrypoint}
 }
 
 // trace is Trace with its path resolved, if it is one.

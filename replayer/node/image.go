@@ -57,8 +57,9 @@ type ImageOptions struct {
 	// Workload chooses among the traces of the image; by default it derives
 	// from the command.
 	Workload string
-	// Args override the image's command, for the workload's name.
-	Args []string
+	// Args and Entrypoint override those of the image, for the workload's name,
+	// as [container.Config] has it.
+	Args, Entrypoint []string
 	// Phases receives the steps of the opening; may be nil.
 	Phases *Phases
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -108,7 +109,8 @@ func openTrace(path string) (*tracefmt.Trace, error) {
 	return tracefmt.Open(path)
 }
 
-// findBeside asks the registry for the trace of the workload.
+// findBeside asks the registry for the trace of the workload, or else for the
+// default, or for all there are: their union.
 func (n *Node) findBeside(ctx context.Context, im *Image, of digest.Digest, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
 	<-config // the entrypoint is part of the workload's name
 	name := im.workload(o)
@@ -119,13 +121,13 @@ func (n *Node) findBeside(ctx context.Context, im *Image, of digest.Digest, o Im
 	t, e, err := store.Auto(ctx, of, name)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return nil, fmt.Sprintf("no trace of workload %s beside the image; record one with 'reprise record --attach'", name), nil
+		return nil, fmt.Sprintf("no trace of workload %s beside the image, nor of another; record one with 'reprise record --attach'", name), nil
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, "", fmt.Errorf("the lookup of the trace took longer than %v", n.o.TraceWait)
 	case err != nil:
 		return nil, "", err
 	}
-	return t, fmt.Sprintf("trace %s of workload %s", e.Descriptor.Digest, e.Workload), nil
+	return t, e.String(), nil
 }
 
 func (n *Node) pullDigest(ctx context.Context, ref string, d digest.Digest) (*tracefmt.Trace, error) {
@@ -142,10 +144,18 @@ func (im *Image) workload(o ImageOptions) string {
 	if o.Workload != "" {
 		return o.Workload
 	}
-	return artifact.DefaultWorkload(im.Command(o.Args))
+	return artifact.DefaultWorkload(im.effective(o))
 }
 
-// Command is the effective entrypoint and arguments.
+// effective is the command that is started with the options.
+func (im *Image) effective(o ImageOptions) []string {
+	if o.Entrypoint == nil {
+		return im.Command(o.Args)
+	}
+	return slices.Concat(o.Entrypoint, o.Args)
+}
+
+// Command is the image's entrypoint with args, or else its own arguments.
 func (im *Image) Command(args []string) []string {
 	c := im.Config.Config
 	if len(args) == 0 {

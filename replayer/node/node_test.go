@@ -149,7 +149,7 @@ func TestOpenLayout(t *testing.T) {
 	require.NoError(t, im.Verify(t.Context()))
 	require.NotEmpty(t, im.phases.List())
 
-	h := im.traceHeader("tool", ImageOptions{}, nil)
+	h := im.traceHeader("tool", ImageOptions{})
 	require.Equal(t, im.Manifest, h.Manifest)
 	require.Equal(t, bottom.Digest, h.Layers[0].Digest)
 	require.True(t, strings.HasPrefix(h.Workload, "server-"))
@@ -247,6 +247,7 @@ func TestWorkload(t *testing.T) {
 	require.Equal(t, own, im.workload(ImageOptions{Args: []string{"-v"}}), "the same command")
 	require.NotEqual(t, own, im.workload(ImageOptions{Args: []string{"-q"}}))
 	require.Equal(t, "mine", im.workload(ImageOptions{Args: []string{"-q"}, Workload: "mine"}))
+	require.True(t, strings.HasPrefix(im.workload(ImageOptions{Entrypoint: []string{"/bin/sh"}, Args: []string{"-c", "true"}}), "sh-"))
 	require.NotEmpty(t, (&Image{}).workload(ImageOptions{}))
 	require.Equal(t, runtime.GOOS+"/"+runtime.GOARCH, (&Image{}).platform())
 }

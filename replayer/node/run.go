@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/reprise-project/reprise/backstore"
@@ -42,10 +43,16 @@ type RunOptions struct {
 
 // hooks are where a recording takes part in a run. Each may be nil.
 type hooks struct {
-	ready func(error)     // the container is ready, or known never to be
-	over  func()          // the container has ended
-	end   <-chan struct{} // ends the container when closed
+	attached func(*Status)                                // nothing has been mounted of the device
+	started  func(*container.Container)                   // it runs
+	ready    func(at time.Time, how string, failed error) // the container is ready, or known never to be
+	over     func()                                       // the container has ended
+	end      <-chan struct{}                              // ends the container when closed
 }
+
+// unwantedGrace is how long a container has to end once it has been recorded: a
+// good start is all that was wanted of it.
+const unwantedGrace = time.Second
 
 // lastReads is how long the reads of a container that has ended, or is killed,
 // may still take.
@@ -103,7 +110,7 @@ func Run(ctx context.Context, s Devices, ref string, o *RunOptions) (*Report, er
 	r.o.Log = cmp.Or(r.o.Log, slog.Default())
 	q := &r.o.Request
 	q.ID = cmp.Or(q.ID, NewID())
-	q.Ref, q.Args, q.Begun, q.Leased = ref, o.Args, r.phases.Start(), true
+	q.Ref, q.Args, q.Entrypoint, q.Begun, q.Leased = ref, o.Args, o.Config.Entrypoint, r.phases.Start(), true
 	err := r.run(ctx)
 	r.report.Phases = merged(r.phases.List(), r.report.Phases)
 	return r.report, err
@@ -138,6 +145,9 @@ func (r *run) run(ctx context.Context) (err error) {
 		return err
 	}
 	r.note(dev)
+	if r.o.hooks.attached != nil {
+		r.o.hooks.attached(dev)
+	}
 	defer func() { err = errors.Join(err, r.release()) }()
 	ctx, stop := r.lease(ctx)
 	defer stop()
@@ -289,6 +299,9 @@ func (r *run) contain(ctx context.Context, stage *container.Stage, dev *Status, 
 		}
 		return err
 	}
+	if r.o.hooks.started != nil {
+		r.o.hooks.started(c)
+	}
 	r.phases.markAt("mounted", c.Timeline().Mounted)
 	r.phases.markAt("process started", c.Timeline().ProcessStarted)
 	var watch sync.WaitGroup
@@ -310,7 +323,7 @@ func (r *run) awaitReady(ctx context.Context, c *container.Container) {
 		r.phases.markAt("ready", at)
 	}
 	if r.o.hooks.ready != nil {
-		r.o.hooks.ready(err)
+		r.o.hooks.ready(at, c.How(), err)
 	}
 	r.mu.Lock()
 	if err == nil {
@@ -335,9 +348,11 @@ func (r *run) awaitReady(ctx context.Context, c *container.Container) {
 func (r *run) await(ctx context.Context, c *container.Container) error {
 	over, stop := context.WithCancel(ctx)
 	var watch sync.WaitGroup
+	var unwanted atomic.Bool
 	watch.Go(func() {
 		select {
 		case <-r.o.hooks.end:
+			unwanted.Store(true)
 			stop()
 		case <-over.Done():
 		}
@@ -347,6 +362,9 @@ func (r *run) await(ctx context.Context, c *container.Container) error {
 	status, err := c.Wait(over)
 	if err != nil && over.Err() != nil {
 		grace := cmp.Or(r.o.Grace, 10*time.Second)
+		if unwanted.Load() {
+			grace = min(grace, unwantedGrace)
+		}
 		// A process that waits for bytes cannot be killed, so then they come no more.
 		fail := time.AfterFunc(grace+lastReads, r.fail)
 		status, err = c.Stop(context.WithoutCancel(ctx), grace)
