@@ -16,6 +16,7 @@ import (
 
 	"github.com/reprise-project/reprise/backstore"
 	"github.com/reprise-project/reprise/backstore/device"
+	"github.com/reprise-project/reprise/recorder/probe"
 	"github.com/reprise-project/reprise/replayer/node"
 )
 
@@ -33,7 +34,8 @@ const (
 func examine(ctx context.Context, root, hostsDir string) *diagnosis {
 	d := &diagnosis{Version: version, Kernel: kernelRelease()}
 	d.add(checkKernel(d.Kernel), checkPrivileges(), checkDeviceNode("/dev/fuse", "fuse"), checkDeviceNode("/dev/loop-control", "loop"))
-	d.add(checkURing(), checkBPF(), checkCgroup())
+	d.add(checkURing(), checkCgroup())
+	d.add(checkBPF("/sys/kernel/btf/vmlinux", probe.Check)...)
 	d.add(checkTransports(device.Probe())...)
 	d.add(checkFileSystems()...)
 	d.add(checkState(root), checkDaemon(ctx, root), checkRunc(ctx), checkHosts(hostsDir))
@@ -165,15 +167,25 @@ func checkURing() finding {
 	return f
 }
 
-func checkBPF() finding {
-	f := finding{Group: groupMachine, Name: "eBPF", Grade: fine, Detail: "BTF is there: recordings can tell who read"}
-	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
-		f.Grade, f.Detail = without, "no BTF: recordings do not tell who read"
-		f.Remedy = "a kernel with CONFIG_DEBUG_INFO_BTF"
-	} else if os.Geteuid() != 0 {
-		f.Grade, f.Detail = without, "BTF is there, but loading programs needs root"
+// checkBPF is for who read, and for record --device.
+func checkBPF(btf string, check func() error) []finding {
+	types := finding{Group: groupMachine, Name: "BTF", Grade: fine, Detail: "the kernel describes its types"}
+	f := finding{Group: groupMachine, Name: "eBPF", Grade: fine, Detail: "programs can be attached: recordings tell who read, and record --device works"}
+	const unknown = "recordings do not tell who read, and record --device does not work"
+	if _, err := os.Stat(btf); err != nil {
+		types.Grade, types.Detail = lacking, "not at "+btf+": "+unknown
+		types.Remedy = "a kernel with CONFIG_DEBUG_INFO_BTF"
+		f.Grade, f.Detail = without, "not without BTF"
+		return []finding{types, f}
 	}
-	return f
+	var missing *probe.UnsupportedError
+	if errors.As(check(), &missing) {
+		f.Grade, f.Detail, f.Remedy = lacking, missing.Missing+": "+unknown, missing.Hint
+	}
+	if f.Grade != fine && os.Geteuid() != 0 {
+		f.Grade = without
+	}
+	return []finding{types, f}
 }
 
 func checkCgroup() finding {

@@ -157,7 +157,7 @@ type traceFlags struct {
 
 func (f *traceFlags) add(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.trace, "trace", "auto", "trace to replay: auto (beside the image), none, a file, or sha256:…")
+	fs.StringVar(&f.trace, "trace", "auto", "trace to replay: auto (beside the image: the workload's, else the default, else all there are), none, a file, or sha256:…")
 	f.addWorkload(cmd)
 	fs.BoolVar(&f.explain, "explain", false, "say why a trace was used or not, and what it gave")
 	fs.Int64Var(&f.gap, "gap", 0, "bytes fetched along rather than sending another request; 0 for what the link makes them worth, negative for none")

@@ -34,6 +34,7 @@ var packages = []struct {
 	{"backstore", []string{"zfile", "backstore/lsmt"}},
 	{"backstore/registry", []string{"backstore"}},
 	{"backstore/registry/regtest", nil},
+	{"backstore/registry/registrytest", []string{"backstore/registry/regtest"}},
 	{"backstore/device", nil},
 	{"backstore/device/devicetest", []string{"backstore/device"}},
 	{"backstore/device/devicetest/vm", nil},
@@ -63,8 +64,7 @@ var heavy = map[string][]string{
 	"github.com/containerd/containerd/v2/pkg/archive":  {"backstore/convert"},
 	"github.com/containerd/containerd/v2/pkg/oci":      {"recorder/container"},
 	"github.com/opencontainers/runtime-spec":           {"recorder/container"},
-	"github.com/google/go-containerregistry":           {"backstore/registry/regtest"},
-	"github.com/distribution/distribution":             {"backstore/registry/regtest"},
+	"github.com/google/go-containerregistry":           {"backstore/registry/regtest", "backstore/registry/registrytest"},
 	"github.com/hanwen/go-fuse":                        {"backstore/device"},
 	"github.com/mdlayher/genetlink":                    {"backstore/device"},
 	"github.com/mdlayher/netlink":                      {"backstore/device"},
@@ -90,7 +90,7 @@ var light = []string{
 }
 
 // testSupport are packages of ours that tests of any package may import.
-var testSupport = []string{"backstore/registry", "backstore/registry/regtest", "backstore/device/devicetest"}
+var testSupport = []string{"backstore/registry", "backstore/registry/regtest", "backstore/registry/registrytest", "backstore/device/devicetest"}
 
 // row is the position in packages of a folder's row; -1 if it has none.
 func row(dir string) int {

@@ -155,11 +155,16 @@ func (b *bench) command(args ...string) *exec.Cmd {
 // withRoot names the state directory, to those commands that have one and take
 // the default otherwise.
 func (b *bench) withRoot(args []string) []string {
-	if len(args) == 0 || slices.Contains(args, "--root") ||
-		!slices.Contains([]string{"mount", "umount", "run", "record"}, args[0]) {
+	if slices.Contains(args, "--root") {
 		return args
 	}
-	return slices.Insert(slices.Clone(args), 1, "--root", b.root)
+	switch {
+	case len(args) > 0 && slices.Contains([]string{"mount", "umount", "run", "record", "attach"}, args[0]):
+		return slices.Insert(slices.Clone(args), 1, "--root", b.root)
+	case len(args) > 1 && args[0] == "trace" && args[1] == "import":
+		return slices.Insert(slices.Clone(args), 2, "--root", b.root)
+	}
+	return args
 }
 
 // run runs a command to its end.

@@ -190,7 +190,7 @@ func (b *bench) traces(s *site) {
 	require.Zero(t, r.code, r.stderr)
 	require.Empty(t, r.stdout)
 	require.Contains(t, r.stderr, "hello from the image\n")
-	require.Contains(t, r.stderr, "ended by ready: listens or exited")
+	require.Contains(t, r.stderr, "ended by ready: exit 0")
 	require.Contains(t, b.ok("attach", s.ref, file), "for workload sh-")
 
 	var list []traceInfo

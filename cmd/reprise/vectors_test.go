@@ -310,5 +310,5 @@ func TestTraceVectors(t *testing.T) {
 		got += fmt.Sprintf("R %d %d %d\n", e.Layer, e.Length, e.Offset)
 	}
 	require.Equal(t, string(text), got)
-	require.Contains(t, b.ok("trace", "show", vectors(t, "trace/recorded.trace")), "FIRST AT")
+	require.Contains(t, b.ok("trace", "show", vectors(t, "trace/recorded.trace")), "PIECES")
 }
