@@ -66,7 +66,9 @@ func writeOut(cmd *cobra.Command, dst string, write func(io.Writer) error) error
 func createNew(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
 	if os.IsExist(err) {
-		return nil, fmt.Errorf("%s exists: name a new file", path)
+		return nil, errExists(path)
 	}
 	return f, err
 }
+
+func errExists(path string) error { return fmt.Errorf("%s exists: name a new file", path) }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,8 +20,8 @@ import (
 // How a tail ends that nobody has chosen: when nothing new is read for settle,
 // or after defaultTail.
 const (
-	settle      = time.Second
-	defaultTail = 10 * time.Second
+	settle      = 2 * time.Second
+	defaultTail = time.Minute
 )
 
 // recordFlags are those of record alone.
@@ -50,9 +51,9 @@ reason is in the trace:
 
   ready     The container is ready: as one of the --ready flags says, or, without
             one, when it listens on a TCP port or exits with status 0. The
-            recording goes on until nothing new was read for 1 s, at most 10 s,
-            for services that listen first and load the rest after; --tail gives
-            a time instead, and --tail 0 none. An exit needs no tail.
+            recording goes on until nothing new was read for 2 s, for services
+            that listen first and load the rest after; --tail gives a time
+            instead, and --tail 0 none. An exit needs no tail.
   quiet     Nothing new was read for --quiet, since the first read. The time in
             which a read waits for the registry does not count. It is a guess at
             being ready: with a --ready flag it is off unless --quiet is given.
@@ -113,7 +114,7 @@ func (f *recordFlags) add(cmd *cobra.Command) {
 	fs := cmd.Flags()
 	fs.StringVarP(&f.out, "output", "o", "", "file for the trace; must not exist")
 	fs.BoolVar(&f.attach, "attach", false, "put the trace beside the image in its registry")
-	fs.DurationVar(&f.rules.Tail, "tail", 0, "go on for so long after the container is ready (default: until nothing new was read for 1 s, at most 10 s)")
+	fs.DurationVar(&f.rules.Tail, "tail", 0, "go on for so long after the container is ready (default: until nothing new was read for 2 s)")
 	fs.DurationVar(&f.rules.Quiet, "quiet", 5*time.Second, "stop when nothing new was read for so long; negative for never")
 	fs.DurationVar(&f.rules.MaxDuration, "for", time.Minute, "stop after so long at the latest; negative for never")
 	fs.StringVar(&f.maxBytes, "max-bytes", "", "stop when so much was read: bytes, or K or M behind the number")
@@ -193,7 +194,7 @@ func (f *recordFlags) record(cmd *cobra.Command, ref string, args []string, cfg 
 
 // recordOnce records into a file and says what that has got. The trace of a
 // container that failed is there to be looked at, but no good.
-func recordOnce(cmd *cobra.Command, n *node.Node, ref string, f *os.File, o *node.RecordOptions) error {
+func recordOnce(cmd *cobra.Command, n *node.Node, ref string, f *node.TraceFile, o *node.RecordOptions) error {
 	rec, err := n.RecordFile(cmd.Context(), ref, f, o)
 	var failed *container.ExitedError
 	if err != nil && !errors.As(err, &failed) {
@@ -203,21 +204,29 @@ func recordOnce(cmd *cobra.Command, n *node.Node, ref string, f *os.File, o *nod
 }
 
 // traceFile makes the file that is recorded into. remove removes it if it was
-// not named, or if nothing was recorded.
-func traceFile(name string) (f *os.File, remove func(), err error) {
-	if name != "" {
-		f, err = createNew(name)
-	} else {
-		f, err = os.CreateTemp("", "reprise-*.trace")
+// not named.
+func traceFile(name string) (f *node.TraceFile, remove func(), err error) {
+	remove = func() {}
+	if name == "" {
+		dir, err := os.MkdirTemp("", "reprise-")
+		if err != nil {
+			return nil, nil, err
+		}
+		name, remove = filepath.Join(dir, "trace"), func() { _ = os.RemoveAll(dir) }
 	}
-	if err != nil {
+	if f, err = createTrace(name); err != nil {
+		remove()
 		return nil, nil, err
 	}
-	return f, func() {
-		if fi, err := os.Stat(f.Name()); name == "" || err == nil && fi.Size() == 0 {
-			_ = os.Remove(f.Name())
-		}
-	}, nil
+	return f, remove, nil
+}
+
+func createTrace(name string) (*node.TraceFile, error) {
+	f, err := node.CreateTrace(name)
+	if errors.Is(err, os.ErrExist) {
+		err = errExists(name)
+	}
+	return f, err
 }
 
 func summary(cmd *cobra.Command, path string, rec *node.Recording) error {

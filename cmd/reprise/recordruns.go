@@ -16,7 +16,7 @@ import (
 // recordRuns records several cold starts and merges them into f. Each is
 // recorded into a file beside f, which is there until f is complete. An
 // interrupt ends the recording that is under way; those before it are merged.
-func (f *recordFlags) recordRuns(cmd *cobra.Command, n *node.Node, ref string, out *os.File, o *node.RecordOptions) (err error) {
+func (f *recordFlags) recordRuns(cmd *cobra.Command, n *node.Node, ref string, out *node.TraceFile, o *node.RecordOptions) (err error) {
 	var traces []*tracefmt.Trace
 	var paths []string
 	defer func() {
@@ -73,7 +73,7 @@ func (f *recordFlags) recordCold(cmd *cobra.Command, n *node.Node, ref, path str
 		return err
 	}
 	defer func() { err = errors.Join(err, own.Close()) }()
-	file, err := createNew(path)
+	file, err := createTrace(path)
 	if err != nil {
 		return err
 	}

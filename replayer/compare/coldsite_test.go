@@ -75,7 +75,7 @@ func (s *coldSite) path(name string) string { return filepath.Join(s.dir, name) 
 
 func repository(name string) string { return "coldstart/" + name + ":lazy" }
 
-// image builds, converts and records one image, and attaches its trace.
+// image builds and converts one image.
 func (s *coldSite) image(ctx context.Context, r recipe) error {
 	if err := r.missing(); err != nil {
 		return err
@@ -85,17 +85,24 @@ func (s *coldSite) image(ctx context.Context, r recipe) error {
 	if err != nil {
 		return err
 	}
-	ref := s.near.Addr + "/" + repository(r.name)
-	size, err := s.convert(ctx, im, ref)
+	size, err := s.convert(ctx, im, s.ref(r.name))
 	if err != nil {
 		return err
 	}
 	s.say("%s: %d layers, %d files, %.0f MB, gzip %.0f MB, overlaybd (lz4, 4 KiB blocks) %.0f MB",
 		r.name, im.Layers, im.Files, float64(im.Bytes)/1e6, float64(im.Compressed)/1e6, float64(size)/1e6)
-	if err := FillRoot(ctx, s.path(r.name+".warm"), ref); err != nil {
+	return nil
+}
+
+// ref is an image without a link.
+func (s *coldSite) ref(name string) string { return s.near.Addr + "/" + repository(name) }
+
+// traces fills the image's warm directory, records it, and attaches its trace.
+func (s *coldSite) traces(ctx context.Context, name string) error {
+	if err := FillRoot(ctx, s.path(name+".warm"), s.ref(name)); err != nil {
 		return err
 	}
-	return s.recordings(ctx, r.name, ref)
+	return s.recordings(ctx, name, s.ref(name))
 }
 
 // convert puts the converted image at the registry and returns the size of its

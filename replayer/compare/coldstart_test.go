@@ -24,7 +24,7 @@ import (
 
 // What `make coldstart` sets; see the Makefile.
 const (
-	envColdStart = "REPRISE_COLDSTART"         // matrix, adversarial, fleet, gaps: several with spaces between
+	envColdStart = "REPRISE_COLDSTART"         // matrix, adversarial, fleet, gaps, recording, stability, overhead, kills: several with spaces between
 	envDir       = "REPRISE_COLDSTART_DIR"     // where images and traces stay
 	envImages    = "REPRISE_COLDSTART_IMAGES"  // java python node
 	envLinks     = "REPRISE_COLDSTART_LINKS"   // 10ms,200mbit 30ms,1gbit …
@@ -45,13 +45,26 @@ func TestColdStart(t *testing.T) {
 		t.Fatal("needs root: it mounts images and drops the page cache")
 	}
 	b := newColdBench(t)
+	experiments := map[string]func(){
+		"matrix": b.matrix, "adversarial": b.adversarial, "fleet": b.fleet, "gaps": b.gaps,
+		"recording": b.recording, "stability": b.stability, "overhead": b.overhead, "kills": b.kills,
+	}
 	for _, w := range what {
-		run, ok := map[string]func(){"matrix": b.matrix, "adversarial": b.adversarial, "fleet": b.fleet, "gaps": b.gaps}[w]
-		require.True(t, ok, "%s=%q: matrix, adversarial, fleet, gaps", envColdStart, w)
+		require.Contains(t, experiments, w, envColdStart)
+	}
+	if slices.ContainsFunc(what, replays) {
+		b.traces()
+	}
+	for _, w := range what {
 		begin := time.Now()
-		run()
+		experiments[w]()
 		b.say("%s took %v", w, time.Since(begin).Round(time.Second))
 	}
+}
+
+// replays tells whether an experiment needs the images' own traces.
+func replays(what string) bool {
+	return !slices.Contains([]string{"recording", "stability", "overhead", "kills"}, what)
 }
 
 // A coldBench is a site with the images that are asked for.
@@ -94,6 +107,13 @@ func newColdBench(t *testing.T) *coldBench {
 		require.NoError(t, b.site.image(ctx, *r))
 	}
 	return b
+}
+
+// traces records the images.
+func (b *coldBench) traces() {
+	for _, name := range b.images {
+		require.NoError(b.t, b.site.traces(b.ctx, name))
+	}
 }
 
 // say prints at once, unlike a test's log.

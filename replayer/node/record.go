@@ -197,7 +197,7 @@ func (r *Recording) Annotate(t *tracefmt.Trace) {
 
 // RecordFile is Record into a file, which is replaced by the annotated trace in
 // the end: at every moment a trace of what was recorded is there under its name.
-func (n *Node) RecordFile(ctx context.Context, ref string, f *os.File, o *RecordOptions) (*Recording, error) {
+func (n *Node) RecordFile(ctx context.Context, ref string, f *TraceFile, o *RecordOptions) (*Recording, error) {
 	opts := *o
 	opts.Out, opts.Annotate = f, true
 	rec, err := n.Record(ctx, ref, &opts)
@@ -222,15 +222,18 @@ func (r *Recording) annotateFile(path string) error {
 	return ReplaceTrace(path, t)
 }
 
-// ReplaceTrace writes a trace in the place of the file at path: whatever happens,
-// either is there.
+// ReplaceTrace writes a trace in the place of the file at path, if there is one:
+// whatever happens, either is there, whole.
 func ReplaceTrace(path string, t *tracefmt.Trace) (err error) {
-	old, err := os.Stat(path)
-	if err != nil {
+	perm := os.FileMode(0o666) // less the umask
+	switch old, err := os.Stat(path); {
+	case err == nil:
+		perm = old.Mode().Perm()
+	case !errors.Is(err, os.ErrNotExist):
 		return err
 	}
 	beside := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
-	f, err := os.OpenFile(beside, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, old.Mode().Perm())
+	f, err := os.OpenFile(beside, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, perm)
 	if err != nil {
 		return err
 	}

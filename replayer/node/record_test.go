@@ -2,12 +2,14 @@ package node
 
 import (
 	"bytes"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/recorder"
 	"github.com/reprise-project/reprise/tracefmt"
@@ -64,7 +66,11 @@ func TestReplaceTrace(t *testing.T) {
 	left, err := os.ReadDir(filepath.Dir(path))
 	require.NoError(t, err)
 	require.Len(t, left, 1)
-	require.ErrorIs(t, ReplaceTrace(path+".missing", traceOf(1)), os.ErrNotExist)
+	require.NoError(t, ReplaceTrace(path+".new one", traceOf(1)))
+	got, err = tracefmt.Open(path + ".new one")
+	require.NoError(t, err)
+	require.Len(t, got.Events, 1)
+	require.ErrorIs(t, ReplaceTrace(filepath.Join(path, "below"), traceOf(1)), unix.ENOTDIR)
 }
 
 // A recording that knows nothing more leaves the file alone, and so does one
@@ -94,4 +100,43 @@ func TestAnnotateFile(t *testing.T) {
 	got, err = tracefmt.Open(path)
 	require.NoError(t, err)
 	require.Empty(t, got.Events[1].Process)
+}
+
+// The file has its name from its header on, and none before.
+func TestTraceFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "trace")
+	f, err := CreateTrace(path)
+	require.NoError(t, err)
+	require.NoFileExists(t, path)
+	w, err := tracefmt.NewWriter(f, tracefmt.Header{Workload: "w"})
+	require.NoError(t, err)
+	got, err := tracefmt.Open(path)
+	require.NoError(t, err)
+	require.Equal(t, "w", got.Workload)
+	require.NoError(t, w.Finish(tracefmt.End{Reason: "stop"}))
+	require.NoError(t, f.Close())
+	got, err = tracefmt.Open(path)
+	require.NoError(t, err)
+	require.Equal(t, "stop", got.End.Reason)
+
+	_, err = CreateTrace(path)
+	require.ErrorIs(t, err, fs.ErrExist)
+	_, err = CreateTrace(filepath.Join(path, "below"))
+	require.ErrorIs(t, err, unix.ENOTDIR)
+
+	// Nothing written, nothing left; and what has come meanwhile stays.
+	other := path + "2"
+	f, err = CreateTrace(other)
+	require.NoError(t, err)
+	require.NoError(t, f.Close())
+	require.NoFileExists(t, other)
+	f, err = CreateTrace(other)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(other, []byte("mine"), 0o600))
+	_, err = tracefmt.NewWriter(f, tracefmt.Header{})
+	require.ErrorIs(t, err, fs.ErrExist)
+	require.NoError(t, f.Close())
+	p, err := os.ReadFile(other)
+	require.NoError(t, err)
+	require.Equal(t, "mine", string(p))
 }
