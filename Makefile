@@ -7,7 +7,7 @@
 #   make torture  1,000 kills of the daemon and of devices, a minute of fio, a registry that is away for another
 #   make coldstart  cold starts of real images, as root: packages are fetched and images made the first time
 #                   WHAT='matrix adversarial fleet gaps recording stability overhead kills' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
-#                   STARTS='other workload,truncated' (of adversarial)
+#                   STARTS='other workload,truncated' (of adversarial) CODEC='zstd 16'
 #   make race     go test -race ./...
 #   make fuzz     each fuzz target for FUZZTIME (10s)
 #   make bench    all benchmarks, with fio as a second opinion
@@ -71,7 +71,7 @@ coldstart:
 	@.ci/deps test
 	@$(MAKE) build
 	@REPRISE_COLDSTART='$(WHAT)' REPRISE_COLDSTART_DIR='$(KEEP)' REPRISE_COLDSTART_IMAGES='$(IMAGES)' \
-	REPRISE_COLDSTART_LINKS='$(LINKS)' REPRISE_COLDSTART_RUNS='$(RUNS)' REPRISE_COLDSTART_STARTS='$(STARTS)' REPRISE_COLDSTART_PROGRAM='$(abspath $(or $(REPRISE),bin/reprise))' \
+	REPRISE_COLDSTART_LINKS='$(LINKS)' REPRISE_COLDSTART_RUNS='$(RUNS)' REPRISE_COLDSTART_STARTS='$(STARTS)' REPRISE_COLDSTART_CODEC='$(CODEC)' REPRISE_COLDSTART_PROGRAM='$(abspath $(or $(REPRISE),bin/reprise))' \
 		$(GO) test -count=1 -v -timeout 3h -run '^TestColdStart$$' ./replayer/compare
 
 fuzz:

@@ -30,6 +30,7 @@ import (
 //	NAME*.trace    recordings, made anew by each process
 type coldSite struct {
 	dir     string
+	codec   convert.Options // of the layers: Algo and BlockSize alone
 	program string
 	near    *regtest.Server // without a link
 	reg     *regtest.Registry
@@ -40,9 +41,9 @@ type coldSite struct {
 // readyFlags are those of every start.
 var readyFlags = []string{"--net", "own", "--ready-log", "^ready on "}
 
-func openColdSite(ctx context.Context, dir, program string, say func(string, ...any)) (*coldSite, error) {
-	s := &coldSite{dir: dir, program: program, say: say}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+func openColdSite(ctx context.Context, dir string, codec convert.Options, program string, say func(string, ...any)) (*coldSite, error) {
+	s := &coldSite{dir: dir, codec: codec, program: program, say: say}
+	if err := os.MkdirAll(s.path(""), 0o755); err != nil {
 		return nil, err
 	}
 	var err error
@@ -71,7 +72,21 @@ func (s *coldSite) behind(ctx context.Context, spec string) (*regtest.Link, *reg
 	return link, srv, err
 }
 
-func (s *coldSite) path(name string) string { return filepath.Join(s.dir, name) }
+// path is where a file stays that belongs to converted images: traces, results.
+func (s *coldSite) path(name string) string {
+	if s.codec.Algo == 0 {
+		return filepath.Join(s.dir, name)
+	}
+	return filepath.Join(s.dir, fmt.Sprintf("%v-%dk", s.codec.Algo, s.codec.BlockSize>>10), name)
+}
+
+// codecName says how layers are compressed.
+func (s *coldSite) codecName() string {
+	if s.codec.Algo == 0 {
+		return "lz4 in blocks of 4 KiB"
+	}
+	return fmt.Sprintf("%v in blocks of %d KiB", s.codec.Algo, s.codec.BlockSize>>10)
+}
 
 func repository(name string) string { return "coldstart/" + name + ":lazy" }
 
@@ -89,8 +104,8 @@ func (s *coldSite) image(ctx context.Context, r recipe) error {
 	if err != nil {
 		return err
 	}
-	s.say("%s: %d layers, %d files, %.0f MB, gzip %.0f MB, overlaybd (lz4, 4 KiB blocks) %.0f MB",
-		r.name, im.Layers, im.Files, float64(im.Bytes)/1e6, float64(im.Compressed)/1e6, float64(size)/1e6)
+	s.say("%s: %d layers, %d files, %.0f MB, gzip %.0f MB, overlaybd (%s) %.0f MB",
+		r.name, im.Layers, im.Files, float64(im.Bytes)/1e6, float64(im.Compressed)/1e6, s.codecName(), float64(size)/1e6)
 	return nil
 }
 
@@ -117,7 +132,7 @@ func (s *coldSite) convert(ctx context.Context, im *DemoImage, ref string) (size
 		return 0, err
 	}
 	_, err = convert.Convert(ctx, src, dst, &convert.Options{
-		CacheDir: s.path("layers"),
+		CacheDir: s.path("layers"), Algo: s.codec.Algo, BlockSize: s.codec.BlockSize,
 		Progress: func(e convert.Event) {
 			if e.Done && e.Stage == convert.Push {
 				size += e.Bytes

@@ -19,7 +19,9 @@ import (
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
 
+	"github.com/reprise-project/reprise/backstore/convert"
 	"github.com/reprise-project/reprise/backstore/registry/regtest"
+	"github.com/reprise-project/reprise/zfile"
 )
 
 // What `make coldstart` sets; see the Makefile.
@@ -29,6 +31,7 @@ const (
 	envImages    = "REPRISE_COLDSTART_IMAGES"  // java python node
 	envLinks     = "REPRISE_COLDSTART_LINKS"   // 10ms,200mbit 30ms,1gbit …
 	envRuns      = "REPRISE_COLDSTART_RUNS"    // of each cell
+	envCodec     = "REPRISE_COLDSTART_CODEC"   // "zstd 16": algorithm and KiB of a block
 	envStarts    = "REPRISE_COLDSTART_STARTS"  // of adversarial, several with commas between; by default all
 	envProgram   = "REPRISE_COLDSTART_PROGRAM" // built from this tree by default
 )
@@ -84,6 +87,18 @@ func words(env, def string) []string {
 	return strings.Fields(def)
 }
 
+func codec(t *testing.T) (o convert.Options) {
+	var algo string
+	if s := os.Getenv(envCodec); s != "" {
+		_, err := fmt.Sscan(s, &algo, &o.BlockSize)
+		require.NoError(t, err, "%s=%q", envCodec, s)
+		o.Algo, err = zfile.ParseAlgo(algo)
+		require.NoError(t, err)
+		o.BlockSize <<= 10
+	}
+	return o
+}
+
 func newColdBench(t *testing.T) *coldBench {
 	ctx, stop := signal.NotifyContext(t.Context(), unix.SIGINT, unix.SIGTERM)
 	t.Cleanup(stop)
@@ -98,7 +113,7 @@ func newColdBench(t *testing.T) *coldBench {
 	var err error
 	dir, err = filepath.Abs(dir)
 	require.NoError(t, err)
-	b.site, err = openColdSite(ctx, dir, program(t), b.say)
+	b.site, err = openColdSite(ctx, dir, codec(t), program(t), b.say)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, b.site.Close()) })
 	for _, name := range b.images {
@@ -163,7 +178,7 @@ func (b *coldBench) keep(name string, v any) {
 
 // A cell is one image on one link.
 type cell struct {
-	image, link string
+	image, link, codec string
 	*Result
 	bound time.Duration // 0 if it is not known
 }
@@ -173,7 +188,7 @@ func (b *coldBench) matrix() {
 	var cells []cell
 	for _, name := range b.images {
 		for _, spec := range b.links {
-			c := cell{image: name, link: spec, Result: b.compare(name, spec, Standard(), b.count(5))}
+			c := cell{image: name, link: spec, codec: b.site.codecName(), Result: b.compare(name, spec, Standard(), b.count(5))}
 			link, err := regtest.ParseLink(spec)
 			require.NoError(b.t, err)
 			if c.bound, err = b.site.bound(name, link); err != nil {
@@ -202,7 +217,7 @@ const maxOfBound = 1.25
 func (c *cell) ofBound() float64 { return c.Modes[Replay].Ready.Median / c.bound.Seconds() }
 
 func writeMatrix(w io.Writer, cells []cell) error {
-	fmt.Fprintf(w, "\n%d cold starts a mode, medians; requests and bytes at ready; lz4 in blocks of 4 KiB\n\n", cells[0].Runs)
+	fmt.Fprintf(w, "\n%d cold starts a mode, medians; requests and bytes at ready; %s\n\n", cells[0].Runs, cells[0].codec)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "image\tlink\tstart\tready\tby lazy\t95 %\tbound\tby bound\tstall\trequests\tMB\talone\tcoverage\taccuracy\tCPU\t")
 	for _, c := range cells {

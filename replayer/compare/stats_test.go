@@ -143,7 +143,7 @@ func TestFleetResult(t *testing.T) {
 func TestMatrixForPeople(t *testing.T) {
 	r := sampleResult()
 	var b bytes.Buffer
-	require.NoError(t, writeMatrix(&b, []cell{{image: "java", link: "10ms,200mbit", Result: r, bound: time.Second}}))
+	require.NoError(t, writeMatrix(&b, []cell{{image: "java", link: "10ms,200mbit", codec: "lz4 in blocks of 4 KiB", Result: r, bound: time.Second}}))
 	require.Regexp(t, `java +10ms,200mbit +replay +1\.10 s +0\.52\d +0\.50–0\.55 +1\.00 s +1\.10`, b.String())
 	b.Reset()
 	require.NoError(t, writeAdversarial(&b, "java", r))
