@@ -62,9 +62,19 @@ func TestRecordUntold(t *testing.T) {
 					require.Empty(t, im.notReadBy(tr, "perl"), "pages that somebody else has read")
 				}
 
+				// What was there in time depends on the machine: `make coldstart WHAT=recording`
+				// measures that on a link. What another start reads does not.
+				again := b.path("again")
+				b.recorded(append([]string{"record", "--net", "own", "--root", b.mkdir("again.state"), "-o", again, im.ref}, command...)...)
+				other, err := tracefmt.Open(again)
+				require.NoError(t, err)
+				d := tracefmt.Diff(tr, other)
+				require.GreaterOrEqual(t, float64(d.Both)/float64(d.Both+d.OnlyB), 0.98, "of what another start reads")
+
 				r := b.replayUntil(fmt.Sprintf("^page %d$", pageCount-1), im.ref, command...)
 				t.Logf("coverage %.2f %%, accuracy %.2f %%: %s", 100*r.Start.Coverage, 100*r.Start.Accuracy, r.Explain)
-				require.GreaterOrEqual(t, r.Start.Coverage, 0.98)
+				require.True(t, strings.HasPrefix(r.Explain, "used: "), r.Explain)
+				require.Greater(t, r.Start.Coverage, 0.5)
 			})
 		}
 	})
