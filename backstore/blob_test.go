@@ -207,7 +207,7 @@ func TestPresenceSurvivesReopening(t *testing.T) {
 
 func TestFailedFetches(t *testing.T) {
 	flaky := errors.New("flaky")
-	o := &origin{data: testData(1 << 20)}
+	o := &origin{data: testData(4 << 20)}
 	var n atomic.Int64
 	o.before = func(int64, int64, Lane) error {
 		if n.Add(1) == 1 {
@@ -223,12 +223,12 @@ func TestFailedFetches(t *testing.T) {
 	require.NoError(t, err, "one failure is tried again")
 
 	o.before = func(int64, int64, Lane) error { return os.ErrNotExist }
-	_, err = b.ReadAt(p, 900_000)
+	_, err = b.ReadAt(p, 3_900_000)
 	require.ErrorIs(t, err, os.ErrNotExist)
 	require.ErrorContains(t, err, b.digest.String())
 
 	o.before = func(int64, int64, Lane) error { return refusal{} }
-	_, err = b.ReadAt(p, 900_000)
+	_, err = b.ReadAt(p, 3_900_000)
 	require.ErrorAs(t, err, &refusal{})
 
 	o.before = nil

@@ -171,7 +171,9 @@ func (l *link) piece() int64 {
 }
 
 // runLength is how much one demand miss is worth fetching: about what arrives
-// in the time of a round trip.
+// in the time of two round trips. As much as in one makes lazy starts of real
+// images, as simulated at 10ms,200mbit and 2ms,2gbit, 16 to 28 % slower, and
+// as in three no faster; it is 12 to 20 % fewer bytes.
 func (l *link) runLength() int64 {
 	l.node.mu.Lock()
 	defer l.node.mu.Unlock()
@@ -179,7 +181,7 @@ func (l *link) runLength() int64 {
 	if bw == 0 {
 		bw = modestBandwidth
 	}
-	return min(max(int64(l.delay().Seconds()*bw), minRun), maxRun)
+	return min(max(int64(2*l.delay().Seconds()*bw), minRun), maxRun)
 }
 
 // delay is the round trip, guessed where nothing is measured. node.mu is held.

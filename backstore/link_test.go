@@ -239,7 +239,7 @@ func TestLinkIsMeasured(t *testing.T) {
 		e := l.estimate()
 		require.Equal(t, 30*time.Millisecond, e.RTT)
 		require.InEpsilon(t, 10e6, float64(e.Bandwidth), 0.05, "the round trips between are not counted")
-		require.InEpsilon(t, 300e3, float64(l.runLength()), 0.05, "a miss is worth a round trip")
+		require.InEpsilon(t, 600e3, float64(l.runLength()), 0.05, "a miss is worth two round trips")
 
 		go get(30*time.Millisecond, 100)
 		time.Sleep(100 * time.Millisecond)

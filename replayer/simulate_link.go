@@ -339,7 +339,7 @@ func (h *simHost) fits() bool {
 }
 
 func (h *simHost) runLength() int64 {
-	n := int64(h.delay().Seconds() * cmp.Or(h.bw, simModest))
+	n := int64(2 * h.delay().Seconds() * cmp.Or(h.bw, simModest))
 	return min(max(n, h.o.MinRun), h.o.MaxRun)
 }
 
