@@ -442,6 +442,21 @@ func TestReadyExec(t *testing.T) {
 	assert.NoError(t, err)
 }
 
+// The stage executes runc from a file that it alone has open, which no garbage
+// collection may close: not before the container starts, nor before runc exec.
+func TestStageKeepsRunc(t *testing.T) {
+	probe(t)
+	lower := makeRoot(t)
+	t.Setenv("GOGC", "1")
+	for range 3 {
+		cfg := shell(lower, "sleep 0.1; : > /tmp/up; sleep 1000")
+		cfg.Ready = Ready{Exec: []string{"/bin/sh", "-c", "[ -e /tmp/up ]"}}
+		c := start(t, cfg, nil)
+		_, err := c.WaitReady(testContext(t))
+		require.NoError(t, err)
+	}
+}
+
 func TestReadyExit(t *testing.T) {
 	probe(t)
 	lower := makeRoot(t)

@@ -57,6 +57,7 @@ type stage struct {
 	conn  *net.UnixConn
 	stdio [3]*os.File
 	runc  string        // path to execute
+	mem   *os.File      // what that leads to, if it is a memory file; kept from the garbage collector
 	ended chan struct{} // closed when run is through
 
 	mu  sync.Mutex   // guards id and own
@@ -143,7 +144,7 @@ func (s *stage) loadRunc() error {
 	if exec.Command(sealed, "--version").Run() != nil {
 		return mem.Close() // memory files may not be executed here
 	}
-	s.runc = sealed // mem stays open as long as the stage runs
+	s.runc, s.mem = sealed, mem
 	return nil
 }
 
