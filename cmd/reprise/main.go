@@ -24,12 +24,22 @@ const (
 )
 
 func main() {
+	nameProcess()
 	container.Init() // does not return where this process is a container's stage
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once; the kernel cleans up
 	code := run(ctx, os.Args[1:])
 	stop()
 	os.Exit(code)
+}
+
+// nameProcess gives the children that are /proc/self/exe the program's name in
+// ps, and in traces, which name who reads.
+func nameProcess() {
+	const comm = "/proc/self/comm"
+	if name, err := os.ReadFile(comm); err == nil && string(name) == "exe\n" {
+		_ = os.WriteFile(comm, []byte("reprise"), 0)
+	}
 }
 
 // run executes one command line and returns its exit status.
