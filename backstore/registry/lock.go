@@ -134,15 +134,17 @@ func (c *Client) openLock(path string) (*os.File, error) {
 }
 
 // flock waits for the lock on f. It asks again and again, as waiting in the
-// kernel would not end with ctx.
+// kernel would not end with ctx; less and less often, so that many who wait do
+// not keep the one that has the lock from its work.
 func flock(ctx context.Context, f *os.File) error {
-	for {
+	const first, last = 8 * time.Millisecond, 256 * time.Millisecond
+	for pause := first; ; pause = min(2*pause, last) {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		switch {
 		case err == nil:
 			return nil
 		case errors.Is(err, unix.EWOULDBLOCK):
-			err = sleep(ctx, time.Millisecond+rand.N(10*time.Millisecond))
+			err = sleep(ctx, time.Millisecond+rand.N(pause))
 		case errors.Is(err, unix.EINTR):
 			err = ctx.Err()
 		}

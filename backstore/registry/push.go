@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/opencontainers/go-digest"
@@ -83,8 +84,30 @@ func (c *Client) pushManifest(ctx context.Context, r Reference, d ocispec.Descri
 	if object == "" {
 		object = d.Digest.String()
 	}
-	_, err = c.putManifest(ctx, r, object, d.MediaType, raw)
+	_, err = c.putComplete(ctx, r, object, d.MediaType, raw)
 	return err
+}
+
+// putComplete is putManifest for what refers only to what is there. A registry may
+// deny that in a moment when somebody else writes one of these again.
+func (c *Client) putComplete(ctx context.Context, r Reference, object, mediaType string, raw []byte) (subject bool, err error) {
+	for failures := 1; ; failures++ {
+		subject, err = c.putManifest(ctx, r, object, mediaType, raw)
+		if err == nil || failures >= c.o.Attempts || !deniesContent(err) {
+			return subject, err
+		}
+		if cause := c.sleep(ctx, c.backoff(failures)); cause != nil {
+			return false, errors.Join(err, cause)
+		}
+	}
+}
+
+// deniesContent recognises the answer to a manifest of blobs, or an index of
+// manifests, that the registry does not have.
+// https://github.com/opencontainers/distribution-spec/blob/v1.1.0/spec.md#error-codes
+func deniesContent(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Method == http.MethodPut && strings.Contains(e.Message, "BLOB_UNKNOWN")
 }
 
 // putManifest writes a manifest under a tag or its digest. subject says whether

@@ -403,3 +403,25 @@ func TestIndexOfMissing(t *testing.T) {
 	_, err = f.putReferrer(t, f.Client, "three", subject)
 	require.ErrorContains(t, err, "400")
 }
+
+// A registry whose files are just being written by somebody else denies a blob.
+func TestPushAgainWhatIsDenied(t *testing.T) {
+	f := newFixture(t, Options{}, regtest.RegistryOptions{})
+	var puts, denied atomic.Int64
+	f.link.SetFault(func(q *http.Request) *regtest.Fault {
+		if q.Method == http.MethodPut && strings.Contains(q.URL.Path, "/manifests/") && puts.Add(1) <= denied.Load() {
+			return &regtest.Fault{Status: http.StatusBadRequest, Body: `{"errors":[{"code":"MANIFEST_BLOB_UNKNOWN","message":"blob unknown to registry"}]}`}
+		}
+		return nil
+	})
+	subject := f.put(t, f.repo+":x", ocispec.MediaTypeImageManifest, image("x", nil))
+	puts.Store(0)
+	denied.Store(2)
+	_, err := f.putReferrer(t, f.Client, "one", subject)
+	require.NoError(t, err)
+	require.EqualValues(t, 3, puts.Load())
+
+	denied.Store(1 << 30)
+	_, err = f.putReferrer(t, f.Client, "two", subject)
+	require.ErrorContains(t, err, "BLOB_UNKNOWN")
+}

@@ -288,7 +288,7 @@ func (c *Client) PutReferrer(ctx context.Context, ref string, d ocispec.Descript
 	if m.Subject == nil || checkDescriptor(*m.Subject) != nil {
 		return fmt.Errorf("manifest %s: has no subject, so it refers to nothing", d.Digest)
 	}
-	listed, err := c.putManifest(ctx, r, d.Digest.String(), d.MediaType, raw)
+	listed, err := c.putComplete(ctx, r, d.Digest.String(), d.MediaType, raw)
 	if err != nil || listed {
 		return err
 	}

@@ -31,7 +31,7 @@ const envProgram = "REPRISE_TEST_PROGRAM"
 const envMark = "REPRISE_TEST_MARK"
 
 // patience bounds waits that end much sooner when all is well.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 func TestMain(m *testing.M) {
 	os.Setenv("GORACE", "atexit_sleep_ms=0") // a second, for each process, otherwise
