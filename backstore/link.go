@@ -22,6 +22,13 @@ const (
 	// ask for more, without the link running dry.
 	slack = 5 * time.Millisecond
 
+	// abreast is how far readers side by side are ahead of each other in a plan, in
+	// bytes, and leeway what of it may be asked for ahead, in time on the link.
+	// More delays demand for longer; a start of Node.js, as simulated at
+	// 10ms,200mbit, finds two in a hundred bytes more in time than without it.
+	abreast = 750e3
+	leeway  = 30 * time.Millisecond
+
 	minWindow      = 256 << 10
 	straying       = 4 // round trips after a miss that no plan has in which another one is expected
 	maxWindow      = 16 << 20
@@ -131,11 +138,14 @@ func (l *link) bdp() int64 { return int64(l.delay().Seconds() * max(l.bw, l.gues
 
 // window is how many background bytes may be asked for and not yet received:
 // what keeps the link busy for a round trip, half of that again, and what comes
-// while the node is slow. Where readers miss what no plan has it is a quarter.
+// while the node is slow; on a link that is near and slow at once so much more that
+// readers side by side, who are some hundred KB ahead of each other, find it all
+// asked for. Where readers miss what no plan has it is a quarter.
 // Demand that a plan has is no reason: of many starts at once there is always
 // one that waits, and all replays would starve. node.mu is held.
 func (l *link) window() int64 {
-	w := l.bdp()*3/2 + int64(slack.Seconds()*max(l.bw, l.guess))
+	bw := max(l.bw, l.guess)
+	w := max(l.bdp()*3/2+int64(slack.Seconds()*bw), int64(min(abreast, leeway.Seconds()*bw)))
 	if l.shy() {
 		w /= 4
 	}

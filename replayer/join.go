@@ -240,6 +240,15 @@ func (p *Plan) Around(w backstore.Want, e backstore.Estimate) backstore.Want {
 	}
 	p.advance()
 	p.meet(l[i:last+1], w)
+	if p.doubtful() { // more than w may come or not: what is not of it stays in the plan
+		for _, a := range l[i : last+1] {
+			if a.end <= end {
+				p.cut(a, w)
+			}
+		}
+		p.advance()
+		return w
+	}
 	if a := l[last]; a.piece == 0 {
 		p.pieces++
 		end = max(end, p.pull(a, w, e))
@@ -250,9 +259,7 @@ func (p *Plan) Around(w backstore.Want, e backstore.Estimate) backstore.Want {
 		p.cut(a, w)
 	}
 	p.advance()
-	if !p.doubtful() {
-		w.Len = end - w.Off
-	}
+	w.Len = end - w.Off
 	return w
 }
 
@@ -309,4 +316,28 @@ func (p *Plan) drop(here func(backstore.Want) bool) (n int64) {
 		}
 	}
 	return n
+}
+
+// again puts back what was taken and is not on the node, and tells whether there
+// is something. A demand miss takes a piece of the plan, and its fetch may be cut
+// short: by what is under way in the middle of that, or by a reader who reads
+// elsewhere. It is put back once; never what was left to demand on purpose.
+func (p *Plan) again(here func(backstore.Want) bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.renewed || p.skipped > 0 {
+		return false
+	}
+	p.renewed = true
+	for i := range p.atoms {
+		a := &p.atoms[i]
+		w := p.Wants[i]
+		if a.piece == 0 || here(w) {
+			continue
+		}
+		a.off, a.end, a.piece, a.cut = w.Off, w.Off+w.Len, 0, false
+		p.left += w.Len
+		p.next = min(p.next, i)
+	}
+	return p.left > 0
 }

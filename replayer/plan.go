@@ -90,6 +90,7 @@ type Plan struct {
 	held    bool       // Next gives out nothing
 	broke   bool       // it has given out nothing for that
 	skipped int64      // bytes of atoms that were left to demand, which had passed them
+	renewed bool       // what demand took and did not bring was put back
 }
 
 // An atom is a range of the plan, the least that is taken at once.

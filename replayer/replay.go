@@ -111,7 +111,13 @@ func (r *replay) run(ctx context.Context, got *backstore.PrefetchResult) (first 
 		if first == nil {
 			first = err
 		}
-		if ctx.Err() != nil || !r.p.wasHeld() {
+		if ctx.Err() != nil {
+			return first
+		}
+		if !r.p.wasHeld() {
+			if first == nil && r.p.again(r.blobs.Has) {
+				continue
+			}
 			return first
 		}
 		forget := r.blobs.Watch(r.p)

@@ -43,6 +43,8 @@ const (
 	simGuessBandwidth = 128e6
 	simModest         = 64e6
 	simSlack          = 5 * time.Millisecond
+	simAbreast        = 750e3
+	simLeeway         = 30 * time.Millisecond
 	simMinWindow      = 256 << 10
 	simMaxWindow      = 16 << 20
 	simMaxDemand      = 64
@@ -334,7 +336,9 @@ func (h *simHost) delay() time.Duration { return cmp.Or(h.rtt, simGuessRTT) }
 
 // fits tells whether more background bytes may be asked for.
 func (h *simHost) fits() bool {
-	w := int64(float64(h.bdp())*h.o.Window) + int64(simSlack.Seconds()*max(h.bw, h.guess))
+	bw := max(h.bw, h.guess)
+	w := int64(float64(h.bdp())*h.o.Window) + int64(simSlack.Seconds()*bw)
+	w = max(w, int64(min(simAbreast, simLeeway.Seconds()*bw)))
 	return h.back < min(max(w, simMinWindow), simMaxWindow) && h.under < simMaxBackground
 }
 

@@ -44,6 +44,7 @@ type Image struct {
 	replay   *replaying   // nil where none has begun with the opening
 	pin      imageState   // what it consists of, to open it again
 	readOnly bool         // it has no upper layer
+	recorded bool         // reads are being recorded; set before there is a device
 	lock     *os.File     // on the upper layer that its config names
 	device   atomic.Value // its path, a string, for messages
 	failing  atomic.Bool  // reads are made to fail

@@ -103,6 +103,7 @@ func (r *recording) open(im *Image) error {
 		return err
 	}
 	r.rec, r.im = rec, im
+	im.recorded = true
 	im.SetObserver(rec)
 	go func() {
 		<-rec.Done()
@@ -270,7 +271,7 @@ func (im *Image) traceHeader(tool string, o ImageOptions) tracefmt.Header {
 	h := tracefmt.Header{
 		Image: im.Ref, Manifest: im.Manifest, Platform: im.platform(),
 		Workload: im.workload(o), Args: im.effective(o),
-		Tool: tool, Start: im.Opened(), ReadAhead: readAheadKB << 10, Space: tracefmt.LayerSpace,
+		Tool: tool, Start: im.Opened(), ReadAhead: recordReadAheadKB << 10, Space: tracefmt.LayerSpace,
 		Layers: im.traceLayers(),
 	}
 	return h
