@@ -265,17 +265,37 @@ func (c *Client) newHost(registry string, rh docker.RegistryHost) *host {
 	if rh.Host != registry && !via && (registry != "docker.io" || rh.Host != "registry-1.docker.io") {
 		h.ns = registry
 	}
-	h.auth = newAuth(func() docker.Authorizer {
-		opts := []docker.AuthorizerOpt{
-			docker.WithAuthClient(&http.Client{Transport: transport}),
-			docker.WithAuthCreds(c.credentials),
-		}
-		if len(rh.Header) > 0 {
-			opts = append(opts, docker.WithAuthHeader(rh.Header))
-		}
-		return docker.NewDockerAuthorizer(opts...)
-	})
+	h.auth = newAuth(func() docker.Authorizer { return c.authorizer(rh) })
 	return h
+}
+
+func (c *Client) authorizer(rh docker.RegistryHost) docker.Authorizer {
+	opts := []docker.AuthorizerOpt{
+		docker.WithAuthClient(&http.Client{Transport: rh.Client.Transport}),
+		docker.WithAuthCreds(c.credentials),
+	}
+	if len(rh.Header) > 0 {
+		opts = append(opts, docker.WithAuthHeader(rh.Header))
+	}
+	return docker.NewDockerAuthorizer(opts...)
+}
+
+// Hosts is a docker.RegistryHosts with the client's configuration and
+// credentials, for what is done by containerd's own resolver.
+func (c *Client) Hosts(registry string) ([]docker.RegistryHost, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, os.ErrClosed
+	}
+	hosts, err := c.configure(registry)
+	if err != nil {
+		return nil, fmt.Errorf("registry %s: hosts in %s: %w", registry, c.o.HostsDir, err)
+	}
+	for i := range hosts {
+		hosts[i].Authorizer = c.authorizer(hosts[i])
+	}
+	return hosts, nil
 }
 
 // complaints is where containerd's host configuration logs to. A hosts.toml that

@@ -13,9 +13,11 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
 
 	"github.com/reprise-project/reprise/backstore/device"
 	"github.com/reprise-project/reprise/replayer/node"
+	"github.com/reprise-project/reprise/snapshotter"
 )
 
 func newDaemon() *cobra.Command {
@@ -96,7 +98,8 @@ func (f *nodeFlags) runDaemon(cmd *cobra.Command, metrics string) error {
 		return errors.Join(err, l.Close())
 	}
 	d := &daemon{store: store, log: log, restart: make(chan struct{}, 1)}
-	o := &node.ServerOptions{Socket: node.SocketPath(root), Version: version, Log: log}
+	plugin := grpc.NewServer()
+	o := &node.ServerOptions{Socket: node.SocketPath(root), Version: version, GRPC: plugin, Log: log}
 	if store.Kept() {
 		o.Keeper, o.Upgrade = store, d.upgrade
 	}
@@ -104,6 +107,14 @@ func (f *nodeFlags) runDaemon(cmd *cobra.Command, metrics string) error {
 	if err := d.Adopt(cmd.Context()); err != nil {
 		log.Warn("adopt", "err", err)
 	}
+	sn, err := snapshotter.New(cmd.Context(), filepath.Join(root, "snapshotter"), d.Server, &snapshotter.Options{
+		Request: f.fill, Log: log,
+	})
+	if err != nil {
+		return errors.Join(err, l.Close(), d.Close(), n.Close())
+	}
+	defer sn.Close()
+	snapshotter.Register(plugin, sn)
 	defer serveMetrics(metrics, d.MetricsHandler(), log)()
 	if err := store.Ready(); err != nil {
 		log.Warn("the service manager cannot be told", "err", err)
@@ -115,6 +126,12 @@ func (f *nodeFlags) runDaemon(cmd *cobra.Command, metrics string) error {
 		return err // the next process has the devices, the cache's files are in order
 	}
 	return errors.Join(err, d.Close(), n.Close(), os.Remove(o.Socket))
+}
+
+// fill has a device of the snapshotter made as the flags say.
+func (f *nodeFlags) fill(r *node.Request) {
+	r.Begun, r.Trace = time.Now(), "auto"
+	r.PlainHTTP, r.HostsDir, r.Platform, r.Transport = f.plainHTTP, f.hostsDir, f.platform, f.transport
 }
 
 // left tells whether the devices are the next process's.

@@ -100,7 +100,7 @@ func newRoot() *cobra.Command {
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
-		newConvert(), newMount(), newUmount(), newRun(), newRecord(), newAttach(),
+		newConvert(), newMount(), newUmount(), newRun(), newRecord(), newAttach(), newPull(),
 		newTrace(), newImage(), newBlob(), newDemo(), newSimulate(), newSupervise(), newDoctor(), newVersion(),
 		newDaemon(), newServe(), newKeep(),
 	)

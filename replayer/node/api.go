@@ -56,6 +56,8 @@ type Request struct {
 	Platform  string `json:"platform,omitempty"`
 	Transport string `json:"transport,omitempty"`
 
+	// Layers are those of [ImageOptions].
+	Layers []digest.Digest `json:"layers,omitempty"`
 	// Dir is where the image is mounted; empty for a device alone. A mounted
 	// device goes when it is mounted nowhere any more.
 	Dir string `json:"dir,omitempty"`
@@ -89,7 +91,7 @@ func (r *Request) place() string {
 }
 
 func (r *Request) imageOptions() ImageOptions {
-	return ImageOptions{Trace: r.trace(), Workload: r.Workload, Args: r.Args, Entrypoint: r.Entrypoint}
+	return ImageOptions{Trace: r.trace(), Workload: r.Workload, Args: r.Args, Entrypoint: r.Entrypoint, Layers: r.Layers}
 }
 
 // trace is Trace with its path resolved, if it is one.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 )
@@ -16,7 +17,9 @@ const maxRequest = 4 << 20
 // Serve answers clients at l until ctx ends, and then what is under way, for a
 // moment. It closes l.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	h := &http.Server{Handler: s.Handler(), ReadHeaderTimeout: 10 * time.Second}
+	h := &http.Server{Handler: s.Handler(), ReadHeaderTimeout: 10 * time.Second, Protocols: new(http.Protocols)}
+	h.Protocols.SetHTTP1(true)
+	h.Protocols.SetUnencryptedHTTP2(s.o.GRPC != nil)
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
@@ -49,7 +52,16 @@ func (s *Server) Handler() http.Handler {
 	m.HandleFunc("GET "+apiVersion+"/devices/{id}/lease", s.getLease)
 	m.HandleFunc("POST "+apiVersion+"/upgrade", s.postUpgrade)
 	m.Handle("GET /metrics", s.MetricsHandler())
-	return m
+	if s.o.GRPC == nil {
+		return m
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+			s.o.GRPC.ServeHTTP(w, r)
+			return
+		}
+		m.ServeHTTP(w, r)
+	})
 }
 
 // answer sends v, or the error.

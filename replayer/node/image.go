@@ -61,6 +61,9 @@ type ImageOptions struct {
 	// Args and Entrypoint override those of the image, for the workload's name,
 	// as [container.Config] has it.
 	Args, Entrypoint []string
+	// Layers, if not nil, are what the image has to begin with, from the base up,
+	// by the digests of their blobs; what is above them is left out.
+	Layers []digest.Digest
 	// Phases receives the steps of the opening; may be nil.
 	Phases *Phases
 
@@ -123,6 +126,9 @@ func (n *Node) openSource(ctx context.Context, ref string, o ImageOptions) (*Ima
 	stopDialing()
 	if err == nil {
 		o.Phases.mark("manifest")
+		err = m.cut(o.Layers)
+	}
+	if err == nil {
 		im.Manifest, im.pin.Layers = m.digest, m.layers
 		im.FSType, err = fsType(m.layers)
 	}

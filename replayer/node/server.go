@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"slices"
 	"strings"
@@ -57,6 +58,8 @@ type ServerOptions struct {
 	// Upgrade is asked to make room for the next process, which may be another
 	// program's. Default: it cannot be done.
 	Upgrade func(UpgradeRequest) error
+	// GRPC, if set, answers gRPC on the same socket.
+	GRPC http.Handler
 	// Log receives warnings, slog.Default() by default.
 	Log *slog.Logger
 

@@ -78,6 +78,23 @@ func parseManifest(raw []byte) (*manifest, error) {
 	return out, nil
 }
 
+// cut leaves out what is above the layers that are asked for, if any are.
+func (m *manifest) cut(layers []digest.Digest) error {
+	if layers == nil {
+		return nil
+	}
+	if len(layers) == 0 || len(layers) > len(m.layers) {
+		return fmt.Errorf("manifest %s: %d layers, not the %d that are asked for", m.digest, len(m.layers), len(layers))
+	}
+	for i, d := range layers {
+		if m.layers[i].Digest != d {
+			return fmt.Errorf("manifest %s: layer %d is %s, not %s: the image has been changed since", m.digest, i, m.layers[i].Digest, d)
+		}
+	}
+	m.layers = m.layers[:len(layers)]
+	return nil
+}
+
 // layers opens the blobs of remote layers, and names the files of others. Of each
 // it asks at once for what opening the layer reads: a replay that begins before
 // that must not fetch parts of it.
