@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/opencontainers/go-digest"
 
@@ -69,7 +68,7 @@ func Pull(ctx context.Context, c *registry.Client, ref string, o *PullOptions) (
 	defer ctrd.Close()
 	name := r.String()
 	opts := []client.RemoteOpt{
-		client.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: c.Hosts})),
+		client.WithResolver(c.Resolver()),
 		client.WithPullUnpack, client.WithPullSnapshotter(f.Snapshotter),
 		client.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(name)),
 	}

@@ -16,6 +16,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/log"
@@ -280,9 +281,14 @@ func (c *Client) authorizer(rh docker.RegistryHost) docker.Authorizer {
 	return docker.NewDockerAuthorizer(opts...)
 }
 
-// Hosts is a docker.RegistryHosts with the client's configuration and
-// credentials, for what is done by containerd's own resolver.
-func (c *Client) Hosts(registry string) ([]docker.RegistryHost, error) {
+// Resolver is containerd's own, with the client's configuration and credentials,
+// for what containerd's client does.
+func (c *Client) Resolver() remotes.Resolver {
+	return docker.NewResolver(docker.ResolverOptions{Hosts: c.authorized})
+}
+
+// authorized are the hosts of a registry with their authorizers.
+func (c *Client) authorized(registry string) ([]docker.RegistryHost, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {

@@ -194,4 +194,3 @@ func TestContainerd(t *testing.T) {
 		require.Empty(t, b.leftovers())
 	})
 }
-

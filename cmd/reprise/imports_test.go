@@ -59,6 +59,8 @@ var heavy = map[string][]string{
 	"github.com/containerd/containerd/v2":              {"snapshotter"},
 	"github.com/containerd/containerd/v2/core/images":  {"backstore/registry", "backstore/convert", "snapshotter"},
 	"github.com/containerd/containerd/v2/core/remotes": {"backstore/registry"},
+	"github.com/containerd/containerd/api":             {"snapshotter"},
+	"google.golang.org/grpc":                           {"snapshotter", "cmd/reprise"},
 	"github.com/containerd/log":                        {"backstore/registry"}, // to quieten core/remotes
 	"github.com/sirupsen/logrus":                       {"backstore/registry"}, // likewise
 	"github.com/containerd/containerd/v2/pkg/archive":  {"backstore/convert"},
