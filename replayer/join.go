@@ -11,11 +11,11 @@ import (
 
 const (
 	// DefaultRequests is how many requests a replay should get by with: some
-	// registries allow 1,000 reads a minute, and a node has more to start. Fewer
-	// cost time on a slow link: the demo's start at 10 ms and 200 Mbit/s, as
-	// simulated, takes 1.18 times the lower bound with the 175 that a replay has
-	// there without a limit, and 1.29 with 128.
-	DefaultRequests = 256
+	// registries allow 1,000 reads a minute. Fewer cost time on a slow link: a start
+	// of a Python stack at 10 ms and 200 Mbit/s, as simulated, takes 1.17 times the
+	// lower bound with the 450 requests that the link makes worth while, and 1.32
+	// times with the 290 that keep to 256.
+	DefaultRequests = 512
 
 	// At the beginning, when the first bytes matter most, a piece is no longer
 	// than all before it, or than this part of the longest on the link.
@@ -28,10 +28,18 @@ const (
 
 // What is assumed of a link and a registry: how many requests are under way at
 // once, what one costs both sides in time whatever the link, and its headers.
+// Where the whole plan takes only some round trips of the link, bytes hardly cost
+// time, and a request counts as if fewer were under way: there the starts of three
+// images, as simulated, take the same time within 1 % with half of the requests.
+// Elsewhere bytes are what takes time: at 10 ms and 200 Mbit/s the starts take 1.17,
+// 1.21 and 1.13 times the lower bound, and 1.32, 1.27 and 1.16 as if fewer were
+// under way.
 const (
 	guessRTT       = 20 * time.Millisecond
 	guessBandwidth = 25 << 20 // bytes a second
-	parallel       = 12
+	parallel       = 32
+	fewParallel    = 12
+	someTrips      = 20
 	requestTime    = 150 * time.Microsecond
 	requestBytes   = 1 << 10
 	soon           = 2 << 20 // bytes that come about together at the least
@@ -47,17 +55,22 @@ type terms struct {
 }
 
 // cost is what a request costs on a link, in bytes that the link could have
-// brought instead. With as many under way as parallel says each takes its part
-// of a round trip; the rest is work that does not depend on the distance.
-func cost(e backstore.Estimate) (cost, window int64) {
+// brought instead, for a plan of so many bytes. With as many under way as parallel
+// says each takes its part of a round trip; the rest is work that does not depend on
+// the distance.
+func cost(e backstore.Estimate, plan int64) (cost, window int64) {
 	rtt, bw := cmp.Or(e.RTT, guessRTT).Seconds(), float64(cmp.Or(e.Bandwidth, guessBandwidth))
-	bytes := requestBytes + bw*(rtt/parallel+requestTime.Seconds())
+	under := float64(parallel)
+	if float64(plan) < someTrips*rtt*bw {
+		under = fewParallel
+	}
+	bytes := requestBytes + bw*(rtt/under+requestTime.Seconds())
 	return int64(min(bytes, math.MaxInt32)), int64(min(bw*rtt*3/2, math.MaxInt32))
 }
 
 // terms decides by what is known now. p.mu is held.
 func (p *Plan) terms(e backstore.Estimate) terms {
-	c, window := cost(e)
+	c, window := cost(e, p.Bytes)
 	t := terms{gap: min(c, p.cap), cost: c, near: max(window, soon), late: 2}
 	if p.o.Requests > 0 && p.o.Gap == 0 {
 		if gap, tight := p.budgetGap(); tight {
@@ -112,32 +125,35 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 // fetched bytes in compressed blocks that the trace asks for, of the traces of
 // three images of Debian and npm packages together (a JVM, 3,000 modules of
 // Node.js, Python with numpy, scipy and pandas; lz4 blocks of 4 KiB, chunks of
-// 512 B), as TestGapTable prints them. They ask for 96.1 MB; pieces of 256 KiB
-// would be 680 requests, 55.0 % of use. In any order and of any length, 204
+// 512 B), as TestGapTable prints them. They ask for 71.5 MB; pieces of 256 KiB
+// would be 663 requests, 41.9 % of use. In any order and of any length, 428
 // requests would be the least with 75 %.
 //
 //	gap      any order     10ms,200mbit  30ms,1gbit    2ms,2gbit
-//	0        1531  98.9 %  1698  98.9 %  1517  98.9 %  1558  98.9 %
-//	16 KiB    646  95.5 %   855  95.7 %   620  95.5 %   684  95.5 %
-//	32 KiB    509  92.4 %   748  93.3 %   478  92.3 %   548  92.5 %
-//	64 KiB    405  87.9 %   677  90.4 %   350  87.4 %   452  88.4 %
-//	128 KiB   338  82.4 %   623  86.3 %   271  81.5 %   403  84.5 %
-//	192 KiB   315  79.5 %   606  84.1 %   240  78.3 %   386  82.2 %
-//	256 KiB   297  75.8 %   593  81.8 %   216  74.4 %   373  79.9 %
-//	by link   440  89.7 %   649  92.5 %   225  75.9 %   402  87.0 %
+//	0        2264  98.0 %  2347  98.0 %  2255  98.0 %  2270  98.0 %
+//	16 KiB    901  90.3 %  1104  91.6 %   888  90.3 %   910  90.3 %
+//	32 KiB    654  84.0 %   947  87.5 %   634  83.9 %   666  84.1 %
+//	64 KiB    466  75.6 %   819  81.4 %   427  75.3 %   507  77.3 %
+//	128 KiB   352  67.4 %   743  75.3 %   305  66.8 %   441  72.5 %
+//	192 KiB   316  63.1 %   709  71.1 %   254  62.0 %   411  68.7 %
+//	256 KiB   303  60.3 %   696  68.8 %   227  58.9 %   396  66.4 %
+//	by link   795  88.0 %  1056  91.9 %   436  75.1 %   527  78.5 %
 //
-// On a short and slow link a request costs 25 KiB and each byte more delays the
-// start; on a long and fast one it costs 324 KiB, and all that accuracy allows
-// is joined, which takes a third of the requests of 256 KiB pieces. There the
-// simulated starts are as fast, within 1 %, as with a cap at 78 % and 235
-// requests, or with a quarter of the cost. Without gaps, what is not of use are
-// the ends of chunks: with chunks of 4 KiB 95 % are.
+// On a short and slow link a request costs 13 KiB and each byte more delays the
+// start; on a long and fast one it costs 324 KiB, and all that accuracy allows is
+// joined. Without gaps, what is not of use are the ends of chunks: with chunks of
+// 4 KiB 95 % were.
+//
+// Recorded with a read-ahead of 128 KiB instead of 16 the same starts ask for
+// 96.1 MB in 680 pieces of 256 KiB, and on the long and fast link 225 requests, a
+// third, have 75.9 %: what is between two reads is then part of the trace.
 
 // Next returns what is to be fetched next: the first range that nobody has
 // fetched, joined with its neighbours in the blob where that is cheaper than
 // another request. In bytes,
 //
-//	a request costs   bandwidth × (round trip / 12 + 150 µs) + 1 KiB
+//	a request costs   bandwidth × (round trip / 32 + 150 µs) + 1 KiB; / 12 where
+//	                  the plan takes less than 20 round trips
 //	a gap costs       what it is long
 //	a later range     half of what it is long, since so much is what all
 //	                  between wait for it; nothing if it would be under way
