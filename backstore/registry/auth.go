@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -29,6 +30,8 @@ type auth struct {
 	// turns, by scope, are what containerd's authorizer lacks: it looks at a
 	// token's age while another request writes it.
 	turns keyedLock
+	// refusedUntil is when it is tried in its turn again, in Unix nanoseconds.
+	refusedUntil atomic.Int64
 
 	mu  sync.Mutex // guards what follows
 	gen int
@@ -125,15 +128,21 @@ func newCredentials(dir string) (*credentials.DynamicStore, error) {
 	return store, nil
 }
 
+// named is the registry whose address, given by Via, the host is; or the host.
+func (c *Client) named(host string) string {
+	if name, ok := c.viaNames[host]; ok {
+		return name
+	}
+	return host
+}
+
 // credentials gives containerd's authorizer the user and password of a host. A
 // token from `docker login` with an identity provider comes without a user.
 func (c *Client) credentials(host string) (string, string, error) {
 	if c.creds == nil {
 		return "", "", nil
 	}
-	if name, ok := c.viaNames[host]; ok {
-		host = name
-	}
+	host = c.named(host)
 	ctx, cancel := context.WithTimeout(c.closing, authTimeout)
 	defer cancel()
 	cred, err := c.creds.Get(ctx, credentials.ServerAddressFromRegistry(host))

@@ -37,6 +37,11 @@ type Options struct {
 	Insecure bool
 	// DockerConfigDir holds config.json. Default: $DOCKER_CONFIG, else ~/.docker.
 	DockerConfigDir string
+	// Credentials, if set, are those that a repository (registry/repository) has of
+	// its own at a host, which is the registry or a mirror. They are tried before
+	// Docker's, in that order, and asked for with each request: what is not among
+	// them any more is not used again. It is called concurrently and must be quick.
+	Credentials func(repository, host string) []Credential
 	// Via sends all requests for a registry to another address instead:
 	// {"ghcr.io": "http://127.0.0.1:5001"}. References and credentials stay
 	// those of the registry. hosts.toml is not asked.
@@ -199,7 +204,9 @@ type host struct {
 	ns                 string      // of a mirror: the registry it stands for
 	origin             bool        // the registry itself
 	client             *http.Client
-	auth               *auth
+	auth               *auth // Docker's configuration
+	owned              ownAuths
+	fresh              func(docker.AuthorizerOpt) docker.Authorizer
 	badUntil           atomic.Int64 // Unix nanoseconds; see penalty
 }
 
@@ -266,14 +273,15 @@ func (c *Client) newHost(registry string, rh docker.RegistryHost) *host {
 	if rh.Host != registry && !via && (registry != "docker.io" || rh.Host != "registry-1.docker.io") {
 		h.ns = registry
 	}
-	h.auth = newAuth(func() docker.Authorizer { return c.authorizer(rh) })
+	h.fresh = func(creds docker.AuthorizerOpt) docker.Authorizer { return authorizer(rh, creds) }
+	h.auth = newAuth(func() docker.Authorizer { return h.fresh(docker.WithAuthCreds(c.credentials)) })
 	return h
 }
 
-func (c *Client) authorizer(rh docker.RegistryHost) docker.Authorizer {
+func authorizer(rh docker.RegistryHost, creds docker.AuthorizerOpt) docker.Authorizer {
 	opts := []docker.AuthorizerOpt{
 		docker.WithAuthClient(&http.Client{Transport: rh.Client.Transport}),
-		docker.WithAuthCreds(c.credentials),
+		creds,
 	}
 	if len(rh.Header) > 0 {
 		opts = append(opts, docker.WithAuthHeader(rh.Header))
@@ -299,7 +307,7 @@ func (c *Client) authorized(registry string) ([]docker.RegistryHost, error) {
 		return nil, fmt.Errorf("registry %s: hosts in %s: %w", registry, c.o.HostsDir, err)
 	}
 	for i := range hosts {
-		hosts[i].Authorizer = c.authorizer(hosts[i])
+		hosts[i].Authorizer = authorizer(hosts[i], docker.WithAuthCreds(c.credentials))
 	}
 	return hosts, nil
 }

@@ -2,11 +2,12 @@
 //
 // A [Client] talks to every registry that it is asked about, over one stack:
 // containerd's host configuration (hosts.toml with mirrors, certificates and
-// headers) and its authorizer, with Docker's credentials. A [Blob] is one blob
-// at its origin, read in closed ranges; it is what backstore calls a Fetcher.
-// A manifest comes by tag or digest in as few requests as possible. A referrer
-// is a manifest with a subject: it is listed by the Referrers API and by the
-// fallback tag, which are asked at the same time.
+// headers) and its authorizer, with a repository's own credentials where the
+// caller knows some, and Docker's. A [Blob] is one blob at its origin, read in
+// closed ranges; it is what backstore calls a Fetcher. A manifest comes by tag or
+// digest in as few requests as possible. A referrer is a manifest with a subject:
+// it is listed by the Referrers API and by the fallback tag, which are asked at
+// the same time.
 //
 // # One request
 //

@@ -39,6 +39,7 @@ type Error struct {
 
 	retryAfter time.Duration // -1: not said
 	object     string        // REPOSITORY@DIGEST or REPOSITORY:TAG
+	own        bool          // refused were the repository's own credentials, and Docker's too
 }
 
 func (e *Error) Error() string {
@@ -69,6 +70,8 @@ func (e *Error) Error() string {
 // hint says what to do.
 func (e *Error) hint() string {
 	switch {
+	case e.own:
+		return "the repository's own credentials are refused, and so are Docker's: pull the image again with such as are good"
 	case e.Status == http.StatusUnauthorized:
 		return fmt.Sprintf("check the name, or run `docker login %s`", e.Registry)
 	case e.Status == http.StatusForbidden:

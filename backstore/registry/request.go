@@ -300,8 +300,20 @@ func redirect(q *request, resp *http.Response) *url.URL {
 	return u
 }
 
-// hop is one request to one address, and again after a challenge.
+// hop is one request to one address, with the host's credentials if authorized.
 func (c *Client) hop(ctx context.Context, q *request, h *host, u *url.URL, authorized bool) (*http.Response, error) {
+	if !authorized {
+		return c.hopAs(ctx, q, h, u, nil)
+	}
+	auths := c.authsFor(h, q.ref)
+	if len(auths) == 1 {
+		return c.hopAs(ctx, q, h, u, auths[0])
+	}
+	return c.asOwn(auths, q, h, func(a *auth) (*http.Response, error) { return c.hopAs(ctx, q, h, u, a) })
+}
+
+// hopAs is one request, and again after a challenge to a, which may be nil.
+func (c *Client) hopAs(ctx context.Context, q *request, h *host, u *url.URL, a *auth) (*http.Response, error) {
 	for challenges := 0; ; challenges++ {
 		if err := c.pass(ctx, q, u.Host); err != nil {
 			return nil, err
@@ -313,8 +325,8 @@ func (c *Client) hop(ctx context.Context, q *request, h *host, u *url.URL, autho
 			return nil, err
 		}
 		var gen int
-		if authorized {
-			if gen, err = h.auth.authorize(c, req); err != nil {
+		if a != nil {
+			if gen, err = a.authorize(c, req); err != nil {
 				closeBody(req)
 				w.cancel(nil)
 				return nil, q.authorizeError(h, err)
@@ -326,10 +338,10 @@ func (c *Client) hop(ctx context.Context, q *request, h *host, u *url.URL, autho
 			return nil, transportError(err)
 		}
 		resp.Body = w.start(resp.Body)
-		if resp.StatusCode != http.StatusUnauthorized || !authorized || challenges == maxChallenges {
+		if resp.StatusCode != http.StatusUnauthorized || a == nil || challenges == maxChallenges {
 			return resp, nil
 		}
-		if err := h.auth.challenge(ctx, resp, gen); err != nil {
+		if err := a.challenge(ctx, resp, gen); err != nil {
 			e := q.statusError(h, resp, c.now())
 			e.Err = err
 			return nil, e
