@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -32,8 +33,17 @@ const (
 	LabelWorkload = "containerd.io/snapshot/reprise.workload"
 )
 
-// isLayer tells whether the labels are those of a layer in overlaybd format.
-func isLayer(labels map[string]string) bool { return labels[labelBlobDigest] != "" }
+// keptLabels are those by which it is known what a snapshot is.
+var keptLabels = []string{
+	labelBlobDigest, labelAccel, labelImageRef, LabelWritable, snapshots.LabelSnapshotRef,
+	snapshotters.TargetRefLabel, snapshotters.TargetManifestDigestLabel,
+}
+
+// isLayer tells whether the labels are those of a layer in overlaybd format, or of
+// an acceleration layer, which is above those and has no files.
+func isLayer(labels map[string]string) bool { return labels[labelBlobDigest] != "" || isAccel(labels) }
+
+func isAccel(labels map[string]string) bool { return labels[labelAccel] == "yes" }
 
 // A chain is a remote snapshot with its parents.
 type chain struct {
@@ -57,17 +67,70 @@ func (s *Snapshotter) chain(ctx context.Context, name string) (c *chain, err err
 	return c, err
 }
 
-// chainUnder is the chain that a container's snapshot is on; nil if none or if key
-// is a committed one's.
-func (s *Snapshotter) chainUnder(ctx context.Context, key string) (c *chain, err error) {
+// deviceUnder is the ID of the remote snapshot whose device the snapshot of a key
+// needs; empty if it needs none, or one of its own.
+func (s *Snapshotter) deviceUnder(ctx context.Context, key string) (id string, err error) {
 	err = s.read(ctx, func(ctx context.Context) error {
 		_, info, _, err := storage.GetInfo(ctx, key)
-		if err == nil && info.Kind != snapshots.KindCommitted {
-			c, err = s.chainOf(ctx, info.Parent)
+		if err == nil {
+			id, err = s.deviceOf(ctx, info)
 		}
 		return err
 	})
-	return c, err
+	return id, err
+}
+
+// deviceOf is deviceUnder in a transaction.
+func (s *Snapshotter) deviceOf(ctx context.Context, info snapshots.Info) (string, error) {
+	if info.Kind == snapshots.KindCommitted {
+		return "", nil
+	}
+	if mode, _, _ := s.writableMode(ctx, info); mode != "" {
+		return "", nil
+	}
+	for name := info.Parent; name != ""; {
+		id, info, _, err := storage.GetInfo(ctx, name)
+		if err != nil || isLayer(info.Labels) {
+			return id, err
+		}
+		name = info.Parent
+	}
+	return "", nil
+}
+
+// need tells whether there is a snapshot of an ID, and whether its device is needed:
+// by itself, or by containers on it.
+func (s *Snapshotter) need(ctx context.Context, id string) (there, needed bool, err error) {
+	err = s.read(ctx, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if errdefs.IsNotFound(err) { // there has never been a snapshot
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var name string
+		if name, there = ids[id]; !there {
+			return nil
+		}
+		_, info, _, err := storage.GetInfo(ctx, name)
+		switch {
+		case err != nil:
+			return err
+		case info.Kind != snapshots.KindCommitted:
+			mode, _, err := s.writableMode(ctx, info)
+			needed = mode != ""
+			return err
+		case !isLayer(info.Labels):
+			return nil
+		}
+		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			on, err := s.deviceOf(ctx, info)
+			needed = needed || on == id
+			return err
+		})
+	})
+	return there, needed, err
 }
 
 // chainOf is chain in a transaction.
@@ -92,11 +155,14 @@ func (s *Snapshotter) chainOf(ctx context.Context, name string) (*chain, error) 
 			c = &chain{id: id, ref: ref, ordinary: ordinary}
 			fallthrough
 		default:
-			if info.Labels[labelAccel] != "yes" {
+			if !isAccel(info.Labels) {
 				c.layers = append(c.layers, digest.Digest(info.Labels[labelBlobDigest]))
 			}
 		}
 		name = info.Parent
+	}
+	if c != nil && len(c.layers) == 0 {
+		return nil, fmt.Errorf("an acceleration layer without layers below it: %w", errdefs.ErrFailedPrecondition)
 	}
 	if c != nil {
 		slices.Reverse(c.layers)
@@ -139,18 +205,48 @@ func (s *Snapshotter) prepareLayer(ctx context.Context, key, target, parent stri
 	if err := s.plain.Commit(ctx, target, key, set); err != nil {
 		return errors.Join(err, s.Remove(context.WithoutCancel(ctx), key))
 	}
+	if parent == "" {
+		s.lookAhead(labels)
+	}
 	return fmt.Errorf("snapshot %s of layer %s is loaded lazily: %w", target, labels[labelBlobDigest], errdefs.ErrAlreadyExists)
+}
+
+// aheadTime bounds the lookup of a trace during a pull, which nobody waits for.
+const aheadTime = 10 * time.Second
+
+// lookAhead looks for the trace of an image whose pull begins, beside that: the
+// first container finds it.
+func (s *Snapshotter) lookAhead(labels map[string]string) {
+	of, can := s.devices.of.(interface {
+		Ahead(ctx context.Context, r *node.Request) error
+	})
+	ref, err := imageRef(labels)
+	if !can || err != nil || s.o.NoAhead {
+		return
+	}
+	r := &node.Request{Ref: ref}
+	s.o.Request(r)
+	if r.Trace != "auto" {
+		return
+	}
+	s.devices.background(func(ctx context.Context) {
+		ctx, cancel := context.WithTimeout(ctx, aheadTime)
+		defer cancel()
+		if err := of.Ahead(ctx, r); err != nil && ctx.Err() == nil {
+			s.o.Log.Debug("the trace is not looked up ahead", "image", ref, "err", err)
+		}
+	})
 }
 
 // checkLayer refuses now what could not be mounted later.
 func (s *Snapshotter) checkLayer(ctx context.Context, parent string, labels map[string]string) error {
-	if _, err := digest.Parse(labels[labelBlobDigest]); err != nil {
+	if _, err := digest.Parse(labels[labelBlobDigest]); err != nil && !isAccel(labels) {
 		return fmt.Errorf("label %s: %w", labelBlobDigest, err)
 	}
 	if _, err := imageRef(labels); err != nil {
 		return err
 	}
-	if parent == "" {
+	if parent == "" && !isAccel(labels) {
 		return nil
 	}
 	c, err := s.chain(ctx, parent)
@@ -160,14 +256,20 @@ func (s *Snapshotter) checkLayer(ctx context.Context, parent string, labels map[
 	return err
 }
 
-// attach makes sure that the chain's device is mounted.
-func (s *Snapshotter) attach(ctx context.Context, c *chain, labels map[string]string) error {
-	r := &node.Request{
-		ID: c.device(), Ref: c.ref, Layers: c.layers, Dir: s.dir(c.id),
-		Workload: labels[LabelWorkload],
-	}
+// request asks for the device of a snapshot on a chain.
+func (s *Snapshotter) request(c *chain, id string, labels map[string]string) *node.Request {
+	r := &node.Request{ID: deviceID(id), Ref: c.ref, Layers: c.layers, Workload: labels[LabelWorkload]}
 	s.o.Request(r)
-	return s.devices.attach(ctx, r)
+	s.o.Record.record(r)
+	return r
+}
+
+// attach makes sure that the chain's device is mounted. It is held.
+func (s *Snapshotter) attach(ctx context.Context, c *chain, labels map[string]string) error {
+	r := s.request(c, c.id, labels)
+	r.Dir = s.dir(c.id)
+	_, err := s.devices.attach(ctx, c.id, r)
+	return refusedPull(err)
 }
 
 // onDevice has the mounts of a container's snapshot lead to the chain's device:
@@ -190,9 +292,16 @@ func (s *Snapshotter) onDevice(c *chain, mounts []mount.Mount) []mount.Mount {
 			}
 			m.Options[j] = "lowerdir=" + strings.Join(lower, ":")
 			if len(lower) == 1 && !upper { // overlayfs needs two
-				mounts[i] = mount.Mount{Type: "bind", Source: dev, Options: []string{"ro", "rbind"}}
+				mounts[i] = mount.Mount{Type: "bind", Source: dev, Options: append(mapped(m.Options), "ro", "rbind")}
 			}
 		}
 	}
 	return mounts
+}
+
+// mapped are the options that map the owners of files.
+func mapped(options []string) []string {
+	return slices.DeleteFunc(slices.Clone(options), func(o string) bool {
+		return !strings.HasPrefix(o, "uidmap=") && !strings.HasPrefix(o, "gidmap=")
+	})
 }

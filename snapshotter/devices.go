@@ -13,28 +13,45 @@ import (
 	"github.com/reprise-project/reprise/replayer/node"
 )
 
-// devices are those of the chains, by ID, and who uses them.
+// devices are those of snapshots, by the snapshots' IDs. Which of them containers
+// use is in the metadata; here is only who is about to.
 type devices struct {
 	of     node.Devices
 	linger time.Duration
+	retry  time.Duration // from one attempt to release a device to the next
 	log    *slog.Logger
-	wg     sync.WaitGroup
-	work   context.Context
-	stop   context.CancelFunc
+	// need tells whether there is such a snapshot, and whether a container needs
+	// its device.
+	need func(ctx context.Context, snapshot string) (there, needed bool, err error)
+	// gone is called when the device of a snapshot that is not there any more has
+	// been released.
+	gone func(snapshot string) error
 
-	mu   sync.Mutex // guards byID and all in it but turn
-	byID map[string]*deviceUse
+	wg   sync.WaitGroup
+	work context.Context
+	stop context.CancelFunc
+
+	mu sync.Mutex // guards by and all in it but turn
+	by map[string]*deviceUse
 }
 
-// deviceUse is what is known of one device.
+// deviceUse is what is known of one device. It is forgotten when nobody refers to
+// it and no timer runs.
 type deviceUse struct {
-	turn  chan struct{}       // taken by who attaches or releases it
-	keys  map[string]struct{} // of the containers' snapshots that use it
-	timer *time.Timer         // of its release; nil while it is used
+	turn   chan struct{} // taken by who attaches or releases the device
+	refs   int           // who has it from get
+	holds  int           // who is about to use it
+	timer  *time.Timer   // until it is seen whether it can go; nil if none runs
+	cancel func()        // of the release that is under way; nil if none is
+	warned bool          // it has been said that it cannot be released
 }
+
+// retryEvery is how often it is tried to release a device that somebody uses,
+// though no container does.
+const retryEvery = 30 * time.Second
 
 func newDevices(of node.Devices, linger time.Duration, log *slog.Logger) *devices {
-	d := &devices{of: of, linger: linger, log: log, byID: map[string]*deviceUse{}}
+	d := &devices{of: of, linger: linger, retry: min(linger, retryEvery), log: log, by: map[string]*deviceUse{}}
 	d.work, d.stop = context.WithCancel(context.Background())
 	return d
 }
@@ -43,67 +60,113 @@ func newDevices(of node.Devices, linger time.Duration, log *slog.Logger) *device
 func (d *devices) close() {
 	d.stop()
 	d.mu.Lock()
-	for _, u := range d.byID {
-		if u.timer != nil {
-			u.timer.Stop()
-		}
+	for id, u := range d.by {
+		d.disarm(id, u)
 	}
 	d.mu.Unlock()
 	d.wg.Wait()
 }
 
-// get is called with d.mu held.
-func (d *devices) get(id string) *deviceUse {
-	u := d.byID[id]
-	if u == nil {
-		u = &deviceUse{turn: make(chan struct{}, 1), keys: map[string]struct{}{}}
-		d.byID[id] = u
+// background runs f beside its caller, unless all is ending. f ends with its
+// context.
+func (d *devices) background(f func(ctx context.Context)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.work.Err() == nil { // else close may be waiting
+		d.wg.Go(func() { f(d.work) })
 	}
+}
+
+// get is called with d.mu held. Each one's end is put.
+func (d *devices) get(id string) *deviceUse {
+	u := d.by[id]
+	if u == nil {
+		u = &deviceUse{turn: make(chan struct{}, 1)}
+		d.by[id] = u
+	}
+	u.refs++
 	return u
 }
 
-// use notes that a container's snapshot needs the device.
-func (d *devices) use(id, key string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	u := d.get(id)
-	u.keys[key] = struct{}{}
+// put is called with d.mu held.
+func (d *devices) put(id string, u *deviceUse) {
+	u.refs--
+	d.forget(id, u)
+}
+
+// disarm is called with d.mu held.
+func (d *devices) disarm(id string, u *deviceUse) {
 	if u.timer != nil {
 		u.timer.Stop()
 		u.timer = nil
 	}
+	d.forget(id, u)
 }
 
-// unuse notes that it does not any more. The device goes after a while.
-func (d *devices) unuse(id, key string) {
+func (d *devices) forget(id string, u *deviceUse) {
+	if u.refs == 0 && u.timer == nil && d.by[id] == u {
+		delete(d.by, id)
+	}
+}
+
+// hold keeps a device until letGo is called, if it is there or is attached
+// meanwhile. After that it stays while the metadata says that it is needed.
+func (d *devices) hold(id string) (letGo func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	u := d.get(id)
-	delete(u.keys, key)
-	if len(u.keys) > 0 || u.timer != nil || d.work.Err() != nil {
-		return
+	u.holds++
+	if u.cancel != nil {
+		u.cancel()
 	}
-	u.timer = time.AfterFunc(d.linger, func() { d.expire(id) })
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		u.holds--
+		d.arm(id, u, d.linger)
+		d.put(id, u)
+	}
 }
 
-// expire releases a device that has not been used for some time.
-func (d *devices) expire(id string) {
+// later sees after a while whether a device can go.
+func (d *devices) later(id string, after time.Duration) {
 	d.mu.Lock()
+	defer d.mu.Unlock()
+	u := d.get(id)
+	d.arm(id, u, after)
+	d.put(id, u)
+}
+
+// arm is called with d.mu held.
+func (d *devices) arm(id string, u *deviceUse, after time.Duration) {
+	if u.timer != nil {
+		u.timer.Stop()
+		u.timer = nil
+	}
 	if d.work.Err() != nil {
+		return
+	}
+	var t *time.Timer
+	t = time.AfterFunc(after, func() { d.expire(id, u, &t) })
+	u.timer = t
+}
+
+// expire is the end of a timer, unless that has been stopped.
+func (d *devices) expire(id string, u *deviceUse, t **time.Timer) {
+	d.mu.Lock()
+	if u.timer != *t || d.work.Err() != nil {
 		d.mu.Unlock()
 		return
 	}
-	d.wg.Add(1)
+	u.refs++
+	u.timer = nil
+	d.wg.Add(1) // before close waits: the work is not over
 	d.mu.Unlock()
 	defer d.wg.Done()
-	if err := d.releaseIf(d.work, id, true); err != nil && d.work.Err() == nil {
-		d.log.Warn("a device that no container uses stays for now", "device", id, "err", err)
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if u := d.byID[id]; u != nil && len(u.keys) == 0 && d.work.Err() == nil {
-			u.timer = time.AfterFunc(d.linger, func() { d.expire(id) })
-		}
-	}
+	d.tend(d.work, id)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.put(id, u)
 }
 
 // take waits for the turn to change a device.
@@ -111,70 +174,96 @@ func (d *devices) take(ctx context.Context, id string) (u *deviceUse, leave func
 	d.mu.Lock()
 	u = d.get(id)
 	d.mu.Unlock()
+	put := func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.put(id, u)
+	}
 	select {
 	case u.turn <- struct{}{}:
-		return u, func() { <-u.turn }, nil
+		return u, func() { <-u.turn; put() }, nil
 	case <-ctx.Done():
+		put()
 		return nil, nil, context.Cause(ctx)
 	}
 }
 
-// attach makes sure that the device is there and mounted.
-func (d *devices) attach(ctx context.Context, r *node.Request) error {
-	_, leave, err := d.take(ctx, r.ID)
+// attach makes sure that the device of a snapshot is there, and mounted if the
+// request says so. The caller holds it.
+func (d *devices) attach(ctx context.Context, id string, r *node.Request) (*node.Status, error) {
+	_, leave, err := d.take(ctx, id)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer leave()
-	if _, err := d.of.Attach(ctx, r, nil); err != nil {
-		return err
+	st, err := d.of.Attach(ctx, r, nil)
+	if !errors.Is(err, unix.EBUSY) && (err != nil || r.Dir == "" || isMountpoint(r.Dir)) {
+		return st, err
 	}
-	if isMountpoint(r.Dir) {
-		return nil
+	// It is on its way out, and cannot be mounted again.
+	bound, cancel := context.WithTimeout(ctx, releaseTime)
+	defer cancel()
+	if err := d.of.Release(bound, r.ID, true); err != nil {
+		return nil, fmt.Errorf("device %s: it is not mounted any more, and cannot be released: %w", r.ID, err)
 	}
-	// Somebody has unmounted it, and it is on its way out.
-	if err := d.of.Release(ctx, r.ID, true); err != nil {
-		return fmt.Errorf("device %s: it is not mounted any more, and cannot be released: %w", r.ID, err)
-	}
-	_, err = d.of.Attach(ctx, r, nil)
-	return err
+	return d.of.Attach(ctx, r, nil)
 }
 
-// releaseTime bounds how long a release waits for who still uses the device.
-const releaseTime = 10 * time.Second
+// releaseTime bounds how long a release waits for who still uses the device. It
+// is tried again then.
+const releaseTime = 2 * time.Second
 
-// release takes the device of a removed snapshot away, if it is there.
-func (d *devices) release(ctx context.Context, id string) error {
-	return d.releaseIf(ctx, id, false)
-}
-
-// releaseIf releases a device; with unused set, not if somebody has come to use it.
-func (d *devices) releaseIf(ctx context.Context, id string, unused bool) error {
+// tend releases the device of a snapshot that no container needs, and what is
+// left of a snapshot that is not there any more. What cannot be done now is done
+// later.
+func (d *devices) tend(ctx context.Context, id string) {
 	u, leave, err := d.take(ctx, id)
 	if err != nil {
-		return err
+		d.later(id, d.retry)
+		return
 	}
 	defer leave()
-	d.mu.Lock()
-	used := len(u.keys) > 0
-	d.mu.Unlock()
-	if unused && used {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, releaseTime)
-	defer cancel()
-	if err := d.of.Release(ctx, id, false); err != nil && !errors.Is(err, node.ErrNoDevice) {
-		return err
-	}
+	err = d.release(ctx, id, u)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(u.keys) == 0 {
-		if u.timer != nil {
-			u.timer.Stop()
-		}
-		u.timer = nil
+	if err == nil || u.holds > 0 { // letGo sees to it
+		u.warned = u.warned && err != nil
+		return
 	}
-	return nil
+	if !u.warned && d.work.Err() == nil {
+		u.warned = true
+		d.log.Warn("a device that no container uses stays for now", "device", deviceID(id), "err", err)
+	}
+	d.arm(id, u, d.retry)
+}
+
+// release is tend in its turn.
+func (d *devices) release(ctx context.Context, id string, u *deviceUse) error {
+	ctx, cancel := context.WithTimeout(ctx, releaseTime)
+	defer cancel()
+	d.mu.Lock()
+	if u.holds > 0 {
+		d.mu.Unlock()
+		return nil
+	}
+	u.cancel = cancel
+	d.mu.Unlock()
+	defer func() {
+		d.mu.Lock()
+		u.cancel = nil
+		d.mu.Unlock()
+	}()
+	there, needed, err := d.need(ctx, id)
+	if err != nil || needed {
+		return err
+	}
+	if err := d.of.Release(ctx, deviceID(id), false); err != nil && !errors.Is(err, node.ErrNoDevice) {
+		return err
+	}
+	if there {
+		return nil
+	}
+	return d.gone(id)
 }
 
 // isMountpoint tells whether something is mounted at dir.

@@ -17,6 +17,14 @@
 //	remote      snapshots/6/fs  (empty)
 //	remote      snapshots/5/fs  (empty)
 //
+// A container may have a device of its own instead, and no overlayfs: see
+// [LabelWritable]. What it writes is in a file in its snapshot's directory, until the
+// snapshot is removed, and cannot be committed.
+//
+// Who needs a device is not counted but looked up in the metadata, when it could go:
+// nothing is lost when the process is killed, and at the next start what is left of
+// snapshots that are not there any more is taken away.
+//
 // # Concurrency
 //
 // A Snapshotter is safe for concurrent use. Close it before what serves its
@@ -33,8 +41,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,16 +64,29 @@ type Options struct {
 	// registry is reached, and which trace is replayed. Ref, ID, Dir, Layers and
 	// Workload are set before. Default: the trace is "auto".
 	Request func(r *node.Request)
+	// Record, if set, has containers recorded that start on images without a trace.
+	Record *RecordOptions
 	// Linger is how long a device stays when no container uses it any more, 30 s
 	// by default.
 	Linger time.Duration
+	// Writable is what containers without [LabelWritable] have,
+	// [WritableOverlayfs] by default.
+	Writable string
+	// RemapIDs has the owners of files mapped by the mount for containers in user
+	// namespaces. It needs Linux 5.19, and the capability "remap-ids" in
+	// containerd's configuration of the plugin, without which containerd copies the
+	// image.
+	RemapIDs bool
+	// NoAhead leaves the lookup of traces to the first container of an image. By
+	// default they are looked up while the image is being pulled, beside that.
+	NoAhead bool
 	// Log receives warnings, slog.Default() by default.
 	Log *slog.Logger
 }
 
 const defaultLinger = 30 * time.Second
 
-func (o *Options) filled() Options {
+func (o *Options) filled() (Options, error) {
 	var f Options
 	if o != nil {
 		f = *o
@@ -76,7 +100,14 @@ func (o *Options) filled() Options {
 	if f.Log == nil {
 		f.Log = slog.Default()
 	}
-	return f
+	modes := []string{WritableOverlayfs, WritableDir, WritableDev}
+	if f.Writable == "" {
+		f.Writable = WritableOverlayfs
+	}
+	if !slices.Contains(modes, f.Writable) {
+		return f, fmt.Errorf("writable mode %q: one of %s", f.Writable, strings.Join(modes, ", "))
+	}
+	return f, nil
 }
 
 // A Snapshotter implements [snapshots.Snapshotter] and [snapshots.Cleaner].
@@ -98,6 +129,10 @@ var (
 // New makes a snapshotter with its state in the directory root, which is made,
 // and its devices of d.
 func New(ctx context.Context, root string, d node.Devices, o *Options) (*Snapshotter, error) {
+	f, err := o.filled()
+	if err != nil {
+		return nil, fmt.Errorf("snapshotter: %w", err)
+	}
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
@@ -106,37 +141,55 @@ func New(ctx context.Context, root string, d node.Devices, o *Options) (*Snapsho
 		return nil, fmt.Errorf("snapshotter: %w", err)
 	}
 	// It removes no directories by itself: a device may be mounted there.
-	plain, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(meta), overlay.AsynchronousRemove)
+	opts := []overlay.Opt{overlay.WithMetaStore(meta), overlay.AsynchronousRemove}
+	if f.RemapIDs {
+		opts = append(opts, overlay.WithRemapIDs)
+	}
+	plain, err := overlay.NewSnapshotter(root, opts...)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("snapshotter: %w", err), meta.Close())
 	}
-	s := &Snapshotter{plain: plain, meta: meta, root: root, o: o.filled()}
-	s.devices = newDevices(d, s.o.Linger, s.o.Log)
+	s := &Snapshotter{plain: plain, meta: meta, root: root, o: f}
+	s.devices = newDevices(d, f.Linger, f.Log)
+	s.devices.need, s.devices.gone = s.need, s.removeDir
 	if err := s.restore(ctx); err != nil {
 		return nil, errors.Join(fmt.Errorf("snapshotter: %w", err), s.Close())
 	}
 	return s, nil
 }
 
-// restore finds out which containers use which chains.
+// restore takes away what a process that was killed has left of snapshots that
+// are not there, and has devices released that no container has come to use.
 func (s *Snapshotter) restore(ctx context.Context) error {
-	err := s.read(ctx, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
-			if info.Kind == snapshots.KindCommitted {
-				return nil
-			}
-			c, err := s.chainOf(ctx, info.Parent)
-			if err != nil || c == nil {
-				return err
-			}
-			s.devices.use(c.device(), info.Name)
-			return nil
-		})
-	})
-	if errdefs.IsNotFound(err) { // there has never been a snapshot
-		return nil
+	ids, dirs, err := s.contents(ctx)
+	if err != nil {
+		return err
 	}
-	return err
+	for _, id := range dirs {
+		if _, there := ids[id]; !there {
+			s.devices.later(id, 0)
+		} else if isMountpoint(s.dir(id)) {
+			s.devices.later(id, s.o.Linger)
+		}
+	}
+	return nil
+}
+
+// contents are the names of snapshots by their IDs, and the directories of
+// snapshots that there are, or were.
+func (s *Snapshotter) contents(ctx context.Context) (ids map[string]string, dirs []string, err error) {
+	// In a write transaction, so that no snapshot is being made meanwhile.
+	err = s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		if ids, err = storage.IDMap(ctx); err != nil && !errdefs.IsNotFound(err) { // there has never been one
+			return err
+		}
+		entries, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
+		for _, e := range entries {
+			dirs = append(dirs, e.Name())
+		}
+		return err
+	})
+	return ids, dirs, err
 }
 
 func (s *Snapshotter) read(ctx context.Context, f func(context.Context) error) error {
@@ -157,14 +210,37 @@ func (s *Snapshotter) Stat(ctx context.Context, key string) (snapshots.Info, err
 	return s.plain.Stat(ctx, key)
 }
 
-// Update implements [snapshots.Snapshotter].
+// Update implements [snapshots.Snapshotter]. Labels stay by which it is known what a
+// snapshot is.
 func (s *Snapshotter) Update(ctx context.Context, info snapshots.Info, fields ...string) (snapshots.Info, error) {
+	old, err := s.plain.Stat(ctx, info.Name)
+	if err != nil {
+		return snapshots.Info{}, err
+	}
+	info.Labels = maps.Clone(info.Labels)
+	for _, label := range keptLabels {
+		switch v, there := old.Labels[label]; {
+		case !there:
+			delete(info.Labels, label)
+		case info.Labels == nil:
+			info.Labels = map[string]string{label: v}
+		default:
+			info.Labels[label] = v
+		}
+	}
 	return s.plain.Update(ctx, info, fields...)
 }
 
 // Usage implements [snapshots.Snapshotter]. A remote snapshot takes nothing: what
 // is on the node of its layer belongs to the chunk cache.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	w, err := s.writable(ctx, key)
+	if err != nil {
+		return snapshots.Usage{}, err
+	}
+	if w != nil {
+		return s.writableUsage(w.id)
+	}
 	return s.plain.Usage(ctx, key)
 }
 
@@ -184,6 +260,11 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if target := labels[snapshots.LabelSnapshotRef]; target != "" && isLayer(labels) {
 		return nil, s.prepareLayer(ctx, key, target, parent, labels)
+	}
+	if own, more, err := s.wantsOwn(ctx, parent, labels); err != nil {
+		return nil, err
+	} else if own {
+		return s.prepareWritable(ctx, key, parent, append(opts, more))
 	}
 	return s.prepare(ctx, key, parent, labels, func() ([]mount.Mount, error) {
 		return s.plain.Prepare(ctx, key, parent, opts...)
@@ -210,18 +291,12 @@ func (s *Snapshotter) prepare(ctx context.Context, key, parent string, labels ma
 	if c == nil {
 		return create()
 	}
-	id := c.device()
-	s.devices.use(id, key)
-	mounts, err := func() ([]mount.Mount, error) {
-		if err := s.attach(ctx, c, labels); err != nil {
-			return nil, err
-		}
-		return create()
-	}()
+	defer s.devices.hold(c.id)()
+	if err := s.attach(ctx, c, labels); err != nil {
+		return nil, err
+	}
+	mounts, err := create()
 	if err != nil {
-		if !errdefs.IsAlreadyExists(err) { // who has made it uses the device
-			s.devices.unuse(id, key)
-		}
 		return nil, err
 	}
 	return s.onDevice(c, mounts), nil
@@ -234,12 +309,15 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
+	if w, err := s.writable(ctx, key); err != nil || w != nil {
+		return s.writableMounts(ctx, w, err)
+	}
 	c, err := s.chain(ctx, info.Parent)
 	if err != nil {
 		return nil, err
 	}
-	if c != nil {
-		s.devices.use(c.device(), key)
+	if c != nil && info.Kind != snapshots.KindCommitted {
+		defer s.devices.hold(c.id)()
 		if err := s.attach(ctx, c, info.Labels); err != nil {
 			return nil, err
 		}
@@ -252,31 +330,31 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 }
 
 // Commit implements [snapshots.Snapshotter]. What was written on a chain becomes an
-// ordinary snapshot above it.
+// ordinary snapshot above it; what was written to a device of a container's own
+// cannot be committed.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
-	c, err := s.chainUnder(ctx, key)
-	if err != nil {
+	if w, err := s.writable(ctx, key); err != nil {
 		return err
+	} else if w != nil {
+		return fmt.Errorf("commit of snapshot %s, which is in writable mode %s: %w", key, w.mode, errdefs.ErrNotImplemented)
 	}
+	id, _ := s.deviceUnder(ctx, key)
 	if err := s.plain.Commit(ctx, name, key, opts...); err != nil {
 		return err
 	}
-	if c != nil {
-		s.devices.unuse(c.device(), key)
+	if id != "" {
+		s.devices.later(id, s.o.Linger)
 	}
 	return nil
 }
 
 // Remove implements [snapshots.Snapshotter]. The directory of the snapshot is gone
 // when it returns, unless somebody still uses the device that is mounted there:
-// then it goes with a later Remove or Cleanup.
+// then it goes once nobody does.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
-	c, err := s.chainUnder(ctx, key)
-	if err != nil {
-		return err
-	}
+	under, _ := s.deviceUnder(ctx, key)
 	var id string
-	err = s.read(ctx, func(ctx context.Context) (err error) {
+	err := s.read(ctx, func(ctx context.Context) (err error) {
 		id, _, _, err = storage.GetInfo(ctx, key)
 		return err
 	})
@@ -286,47 +364,31 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	if err := s.plain.Remove(ctx, key); err != nil {
 		return err
 	}
-	if c != nil {
-		s.devices.unuse(c.device(), key)
+	if under != "" {
+		s.devices.later(under, s.o.Linger)
 	}
-	s.removeDir(ctx, id)
+	s.devices.tend(ctx, id)
 	return nil
 }
 
-// removeDir takes a removed snapshot's device and directory away.
-func (s *Snapshotter) removeDir(ctx context.Context, id string) {
-	if err := s.devices.release(ctx, deviceID(id)); err != nil {
-		s.o.Log.Warn("the device of a removed snapshot stays for now", "snapshot", id, "err", err)
-		return
+// removeDir removes the directory of a removed snapshot, whose device is gone.
+func (s *Snapshotter) removeDir(id string) error {
+	if dir := s.dir(id); isMountpoint(dir) { // not this program's; what is in it is somebody's
+		return fmt.Errorf("something else is mounted at %s", dir)
 	}
-	if isMountpoint(s.dir(id)) { // not this program's; what is in it is somebody's
-		s.o.Log.Warn("something is mounted in the directory of a removed snapshot", "dir", s.dir(id))
-		return
-	}
-	if err := os.RemoveAll(filepath.Dir(s.dir(id))); err != nil {
-		s.o.Log.Warn("the directory of a removed snapshot stays for now", "snapshot", id, "err", err)
-	}
+	return os.RemoveAll(filepath.Dir(s.dir(id)))
 }
 
 // Cleanup implements [snapshots.Cleaner]: it removes the directories of snapshots
 // that are not there any more.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
-	var ids map[string]string
-	var entries []os.DirEntry
-	// In a write transaction, so that no snapshot is being made meanwhile.
-	err := s.meta.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
-		if ids, err = storage.IDMap(ctx); err != nil {
-			return err
-		}
-		entries, err = os.ReadDir(filepath.Join(s.root, "snapshots"))
-		return err
-	})
+	ids, dirs, err := s.contents(ctx)
 	if err != nil {
 		return err
 	}
-	for _, e := range entries {
-		if _, there := ids[e.Name()]; !there {
-			s.removeDir(ctx, e.Name())
+	for _, id := range dirs {
+		if _, there := ids[id]; !there {
+			s.devices.tend(ctx, id)
 		}
 	}
 	return nil

@@ -7,12 +7,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -31,7 +36,7 @@ type ctrd struct {
 	*client.Client
 }
 
-const ctrdConfig = `version = 2
+const containerdToml = `version = 2
 root = "%[1]s/root"
 state = "%[1]s/state"
 disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.internal.v1.opt", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.tracing.processor.v1.otlp"]
@@ -50,7 +55,7 @@ func (b *bench) containerd(bin, plugin string) *ctrd {
 	c := &ctrd{b: b, bin: bin, dir: dir, socket: filepath.Join(dir, "c.sock")}
 	b.t.Cleanup(func() { require.NoError(b.t, os.RemoveAll(dir)) })
 	config := filepath.Join(dir, "config.toml")
-	require.NoError(b.t, os.WriteFile(config, fmt.Appendf(nil, ctrdConfig, dir, c.socket, plugin), 0o600))
+	require.NoError(b.t, os.WriteFile(config, fmt.Appendf(nil, containerdToml, dir, c.socket, plugin), 0o600))
 	b.t.Cleanup(c.stop)
 	c.start()
 	return c
@@ -93,7 +98,14 @@ func (c *ctrd) log() string {
 	return string(p)
 }
 
-// stop ends containerd, and shims that a failed test has left.
+// kill ends containerd as a crash does. What it has started lives on.
+func (c *ctrd) kill() {
+	c.b.t.Helper()
+	require.NoError(c.b.t, c.cmd.Process.Kill())
+	_ = c.cmd.Wait()
+}
+
+// stop ends containerd, and what a failed test has left.
 func (c *ctrd) stop() {
 	if c.Client != nil {
 		_ = c.Client.Close()
@@ -105,21 +117,87 @@ func (c *ctrd) stop() {
 	}
 	if c.b.t.Failed() {
 		c.b.t.Logf("containerd: %s", c.log())
+		c.clean()
+	}
+}
+
+// clean ends the containers and shims of a failed test.
+func (c *ctrd) clean() {
+	ours, _ := os.Readlink("/proc/self/ns/mnt")
+	tables, _ := filepath.Glob("/proc/[0-9]*/mountinfo")
+	for _, name := range tables { // of containers, whose root names the state directory
+		p, _ := os.ReadFile(name)
+		ns, err := os.Readlink(filepath.Join(filepath.Dir(name), "ns/mnt"))
+		pid, e := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if err == nil && e == nil && ns != ours && bytes.Contains(p, []byte(c.b.root+"/snapshotter/")) {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+	for _, pid := range c.b.processes() {
+		if strings.Contains(cmdline(pid), "containerd-shim") {
+			_ = unix.Kill(pid, unix.SIGKILL)
+		}
+	}
+	for _, dir := range c.mounts() {
+		_ = unix.Unmount(dir, unix.MNT_DETACH)
+	}
+}
+
+// mounts are those of containers that containerd has started, the last one first.
+func (c *ctrd) mounts() (at []string) {
+	p, err := os.ReadFile("/proc/self/mounts")
+	require.NoError(c.b.t, err)
+	for line := range strings.Lines(string(p)) {
+		if dir := strings.Fields(line)[1]; strings.HasPrefix(dir, c.dir+"/") {
+			at = append(at, dir)
+		}
+	}
+	slices.Reverse(at)
+	return at
+}
+
+// emptied makes sure that nothing is left when all containers and images are
+// deleted: no mount, no device, no snapshot and no directory of one.
+func (c *ctrd) emptied() {
+	t := c.b.t
+	t.Helper()
+	require.Empty(t, c.mounts())
+	eventually(t, "the devices go with the images", func() bool { return len(c.b.loops()) == 0 })
+	require.Empty(t, c.b.mounts())
+	require.NoError(t, c.SnapshotService("reprise").Walk(c.ctx(), func(_ context.Context, info snapshots.Info) error {
+		t.Errorf("snapshot %s is left", info.Name)
+		return nil
+	}))
+	dirs, err := os.ReadDir(filepath.Join(c.b.root, "snapshotter", "snapshots"))
+	require.NoError(t, err)
+	require.Empty(t, dirs)
+}
+
+// remove deletes images, and what only they need, before it returns.
+func (c *ctrd) remove(refs ...string) {
+	c.b.t.Helper()
+	for _, ref := range refs {
+		require.NoError(c.b.t, c.ImageService().Delete(c.ctx(), ref, images.SynchronousDelete()))
 	}
 }
 
 // create makes a container on an image that was pulled.
 func (c *ctrd) create(name, ref string, args ...string) client.Container {
-	t := c.b.t
-	t.Helper()
-	im, err := c.GetImage(c.ctx(), ref)
-	require.NoError(t, err)
-	ctr, err := c.NewContainer(c.ctx(), name,
-		client.WithImage(im), client.WithSnapshotter("reprise"), client.WithNewSnapshot(name, im),
-		client.WithRuntime("io.containerd.runc.v2", nil),
-		client.WithNewSpec(oci.WithImageConfigArgs(im, args), noCgroups))
-	require.NoError(t, err, c.log())
+	c.b.t.Helper()
+	ctr, err := c.tryCreate(c.ctx(), name, ref, args...)
+	require.NoError(c.b.t, err, c.log())
 	return ctr
+}
+
+func (c *ctrd) tryCreate(ctx context.Context, name, ref string, args ...string) (client.Container, error) {
+	im, err := c.GetImage(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	return c.NewContainer(ctx, name,
+		client.WithImage(im), client.WithSnapshotter("reprise"), client.WithNewSnapshot(name, im),
+		client.WithRuntime("io.containerd.runc.v2", &options.Options{Root: filepath.Join(c.dir, "runc")}),
+		client.WithNewSpec(oci.WithImageConfigArgs(im, args), noCgroups, withRm))
 }
 
 // noCgroups leaves the container in containerd's own: its limits are not tested
@@ -130,12 +208,19 @@ func noCgroups(_ context.Context, _ oci.Client, _ *containers.Container, s *spec
 	return nil
 }
 
-// run runs a container to its end.
-func (c *ctrd) run(ctr client.Container) (code uint32, out string) {
+// withRm has the machine's rm in the container, as /tmp/rm: its libraries are the
+// image's, which has no program that removes files.
+func withRm(_ context.Context, _ oci.Client, _ *containers.Container, s *specs.Spec) error {
+	s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: "/bin/rm", Destination: "/tmp/rm", Options: []string{"bind", "ro"}})
+	return nil
+}
+
+// run runs a container to its end, and gives what it has said.
+func (c *ctrd) run(ctr client.Container) (code uint32, said string) {
 	t := c.b.t
 	t.Helper()
-	var buf bytes.Buffer
-	task, err := ctr.NewTask(c.ctx(), cio.NewCreator(cio.WithStreams(nil, &buf, &buf), cio.WithFIFODir(filepath.Join(c.dir, "fifo"))))
+	var out, errs bytes.Buffer // one for both would be read into by two at once
+	task, err := ctr.NewTask(c.ctx(), cio.NewCreator(cio.WithStreams(nil, &out, &errs), cio.WithFIFODir(filepath.Join(c.dir, "fifo"))))
 	require.NoError(t, err, c.log())
 	ended, err := task.Wait(c.ctx())
 	require.NoError(t, err)
@@ -144,23 +229,32 @@ func (c *ctrd) run(ctr client.Container) (code uint32, out string) {
 	task.IO().Wait()
 	_, err = task.Delete(c.ctx())
 	require.NoError(t, err)
-	return st.ExitCode(), buf.String()
+	return st.ExitCode(), out.String() + errs.String()
 }
 
-// containerds are those on this machine.
+// eachContainerd runs a test with the machine's containerd and with the one that
+// `make containerd` has built. In CI neither may be missing.
 func eachContainerd(t *testing.T, test func(t *testing.T, bin string)) {
 	skipWithoutRunc(t)
-	bins := map[string]string{"debian": ""}
-	if dir := os.Getenv("REPRISE_CONTAINERD"); dir != "" {
-		bins["built"] = dir
-	}
-	for name, bin := range bins {
-		t.Run(name, func(t *testing.T) {
-			if _, err := exec.LookPath(filepath.Join(bin, "containerd")); err != nil {
+	built := os.Getenv("REPRISE_CONTAINERD")
+	for _, bin := range []string{"", built} {
+		if bin != "" {
+			t.Run("built", func(t *testing.T) { test(t, bin) })
+			continue
+		}
+		t.Run("installed", func(t *testing.T) {
+			_, err := exec.LookPath("containerd")
+			switch {
+			case err != nil && os.Getenv("CI") == "true":
+				t.Fatalf("needs containerd: %v", err)
+			case err != nil:
 				t.Skipf("needs containerd: %v", err)
 			}
-			test(t, bin)
+			test(t, "")
 		})
+		if built == "" {
+			return
+		}
 	}
 }
 
@@ -170,6 +264,12 @@ func TestContainerd(t *testing.T) {
 		s := b.smallSite("0s,unlimited")
 		supervisor, said := b.daemon(true)
 		c := b.containerd(bin, filepath.Join(b.root, "reprise.sock"))
+		v, err := c.Version(c.ctx())
+		require.NoError(t, err)
+		t.Logf("containerd %s", v.Version)
+		if bin != "" {
+			require.True(t, strings.HasPrefix(strings.TrimPrefix(v.Version, "v"), "2."), v.Version)
+		}
 		before := s.Stats().BytesSent
 		b.ok("pull", "--plain-http", "--address", c.socket, s.ref)
 		require.Less(t, s.Stats().BytesSent-before, int64(100<<10), "no layer is fetched")
@@ -186,11 +286,17 @@ func TestContainerd(t *testing.T) {
 		require.Equal(t, "word\n", out)
 		require.NoError(t, ctr.Delete(c.ctx(), client.WithSnapshotCleanup))
 
-		require.NoError(t, c.ImageService().Delete(c.ctx(), s.ref, images.SynchronousDelete()))
-		eventually(t, "the device goes with the image", func() bool { return len(b.loops()) == 0 })
+		c.remove(s.ref)
+		c.emptied()
 		c.stop()
-		require.NoError(t, supervisor.Process.Signal(unix.SIGTERM))
-		require.NoError(t, supervisor.Wait(), said())
-		require.Empty(t, b.leftovers())
+		b.end(supervisor, said)
 	})
+}
+
+// end has a daemon end that nothing keeps.
+func (b *bench) end(supervisor *exec.Cmd, said func() string) {
+	b.t.Helper()
+	require.NoError(b.t, supervisor.Process.Signal(unix.SIGTERM))
+	require.NoError(b.t, supervisor.Wait(), said())
+	b.settled()
 }

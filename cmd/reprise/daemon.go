@@ -1,16 +1,20 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -21,10 +25,7 @@ import (
 )
 
 func newDaemon() *cobra.Command {
-	var (
-		f       nodeFlags
-		metrics string
-	)
+	var f daemonFlags
 	cmd := &cobra.Command{
 		Use:   "daemon",
 		Short: "Serve images for mount and run, across kills and upgrades",
@@ -35,6 +36,16 @@ Its devices live on when it is killed, crashes or is upgraded, if it has a
 service manager that keeps their descriptors: systemd ('reprise daemon unit'
 prints a unit), or 'reprise supervise -- reprise daemon'. The next process adopts
 them; who reads only waits for some milliseconds.
+
+Its configuration is ` + configPath + `, or the file that --config names;
+flags override it. 'reprise daemon config' prints all keys with their defaults: those
+of [policy] say for which images traces are replayed, and containers recorded.
+
+On the same socket it answers containerd, whose snapshotter it is (see 'reprise
+pull --help'), and kubelet, as the image service that passes everything on to the
+containerd at --containerd: with --image-service-endpoint=unix://` + node.DefaultSocket + `
+kubelet tells it the image pull secrets of pods. It keeps those of the images on the
+node in secrets.json of its state directory, which only root can read.
 
 Its figures are at http://ADDR/metrics, for Prometheus, with --metrics ADDR, and
 always at /metrics on the socket. Whoever reaches ADDR can read them: the names of
@@ -55,7 +66,7 @@ SIGTERM, SIGINT:
 			if len(a) > 0 {
 				return usagef(cmd, "unknown command %q", a[0])
 			}
-			if err := f.check(cmd); err != nil {
+			if err := f.load(cmd); err != nil {
 				return err
 			}
 			if err := needRoot("daemon", "to attach block devices and mount them"); err != nil {
@@ -64,74 +75,155 @@ SIGTERM, SIGINT:
 			if err := becomeFlusher(); err != nil {
 				return err
 			}
-			return f.runDaemon(cmd, metrics)
+			return f.run(cmd)
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().StringVar(&metrics, "metrics", "", "address for Prometheus, HOST:PORT (default: none but the socket)")
-	cmd.AddCommand(newUpgrade(), newUnit())
+	addConfig(cmd, &f.config)
+	cmd.AddCommand(newConfig(), newUpgrade(), newUnit(), newInstall(), newUninstall())
 	return cmd
 }
 
-// A daemon is a server for many.
-type daemon struct {
-	*node.Server
-	store   *device.Store
-	log     *slog.Logger
-	restart chan struct{} // gets something when the next process is to take over
+// daemonFlags are the daemon's, and its configuration file.
+type daemonFlags struct {
+	nodeFlags
+	metrics, config string
+	file            *config
 }
 
-// runDaemon serves until it is told to end.
-func (f *nodeFlags) runDaemon(cmd *cobra.Command, metrics string) error {
-	log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))
+func (f *daemonFlags) add(cmd *cobra.Command) {
+	f.nodeFlags.add(cmd)
+	f.addContainerd(cmd)
+	cmd.Flags().StringVar(&f.metrics, "metrics", "", "address for Prometheus, HOST:PORT (default: none but the socket)")
+}
+
+// load checks the flags, and then reads the file and completes them with it.
+func (f *daemonFlags) load(cmd *cobra.Command) (err error) {
+	if err := f.check(cmd); err != nil {
+		return err
+	}
+	if f.file, err = loadConfig(f.config); err != nil {
+		return err
+	}
+	return f.file.apply(cmd, &f.nodeFlags)
+}
+
+// A daemon is a server for many, containerd among them.
+type daemon struct {
+	*node.Server
+	node      *node.Node
+	sn        *snapshotter.Snapshotter // nil until it is open
+	endImages func()                   // ends the CRI's image service; it may be called again
+	store     *device.Store
+	log       *slog.Logger
+	socket    string
+	config    string        // the file
+	restart   chan struct{} // gets something when the next process is to take over
+}
+
+// run serves until the daemon is told to end.
+func (f *daemonFlags) run(cmd *cobra.Command) error {
+	f.log, f.traceWait = f.file.logger(cmd.ErrOrStderr()), f.file.Policy.LookupTime.Duration
+	options, endTracing, err := f.file.Tracing.start(cmd.Context(), f.log)
+	if err != nil {
+		return err
+	}
+	defer endTracing()
 	store, err := device.OpenStore()
 	if err != nil {
 		return err
 	}
-	root := f.absRoot()
-	l, err := node.ListenDaemon(root, store)
+	l, err := node.ListenDaemon(f.absRoot(), store)
 	if err != nil {
 		return err
 	}
-	n, err := f.open(cmd)
+	d, err := f.newDaemon(cmd, store, grpc.NewServer(options...))
 	if err != nil {
 		return errors.Join(err, l.Close())
 	}
-	d := &daemon{store: store, log: log, restart: make(chan struct{}, 1)}
-	plugin := grpc.NewServer()
-	o := &node.ServerOptions{Socket: node.SocketPath(root), Version: version, GRPC: plugin, Log: log}
+	err = d.run(cmd.Context(), l, f.metrics)
+	return errors.Join(err, d.leave(cmd.Context()))
+}
+
+// newDaemon has all that a daemon serves, among it the devices of the process before.
+func (f *daemonFlags) newDaemon(cmd *cobra.Command, store *device.Store, plugin *grpc.Server) (*daemon, error) {
+	root := f.absRoot()
+	secrets := f.openSecrets(root, f.log)
+	n, err := f.open(cmd)
+	if err != nil {
+		return nil, err
+	}
+	d := &daemon{
+		node: n, store: store, log: f.log, socket: node.SocketPath(root), config: f.config,
+		restart: make(chan struct{}, 1),
+	}
+	watched, more := snapshotter.NewWatched(f.log), http.NewServeMux()
+	o := &node.ServerOptions{
+		Socket: d.socket, Version: version, GRPC: plugin, HTTP: more, Log: f.log,
+		Collectors: []prometheus.Collector{watched},
+	}
 	if store.Kept() {
 		o.Keeper, o.Upgrade = store, d.upgrade
 	}
 	d.Server = node.NewServer(n, o)
 	if err := d.Adopt(cmd.Context()); err != nil {
-		log.Warn("adopt", "err", err)
+		f.log.Warn("adopt", "err", err)
 	}
-	sn, err := snapshotter.New(cmd.Context(), filepath.Join(root, "snapshotter"), d.Server, &snapshotter.Options{
-		Request: f.fill, Log: log,
-	})
+	d.sn, err = snapshotter.New(cmd.Context(), filepath.Join(root, "snapshotter"), d.Server, f.snapshotter())
+	if err == nil {
+		d.endImages, err = f.serveImages(cmd.Context(), plugin, secrets, d.sn, f.log)
+	}
 	if err != nil {
-		return errors.Join(err, l.Close(), d.Close(), n.Close())
+		return nil, errors.Join(err, d.leave(cmd.Context()))
 	}
-	defer sn.Close()
-	snapshotter.Register(plugin, sn)
-	defer serveMetrics(metrics, d.MetricsHandler(), log)()
-	if err := store.Ready(); err != nil {
-		log.Warn("the service manager cannot be told", "err", err)
-	}
-	log.Info("the daemon serves", "socket", o.Socket, "devices", len(d.List()), "kept", store.Kept())
-	err = d.serve(cmd.Context(), l)
-	if d.left(cmd.Context()) {
-		d.WriteFigures()
-		return err // the next process has the devices, the cache's files are in order
-	}
-	return errors.Join(err, d.Close(), n.Close(), os.Remove(o.Socket))
+	snapshotter.Register(plugin, watched.Of(d.sn))
+	more.Handle("/", d.sn.Handler())
+	return d, nil
 }
 
-// fill has a device of the snapshotter made as the flags say.
-func (f *nodeFlags) fill(r *node.Request) {
-	r.Begun, r.Trace = time.Now(), "auto"
+// leave ends what the daemon has, but for the devices that the next process gets.
+func (d *daemon) leave(ctx context.Context) (err error) {
+	if d.endImages != nil {
+		d.endImages()
+	}
+	if d.sn != nil {
+		err = d.sn.Close()
+	}
+	if d.left(ctx) {
+		d.WriteFigures()
+		return err // the cache's files are in order
+	}
+	return errors.Join(err, d.Close(), d.node.Close(), os.Remove(d.socket))
+}
+
+// snapshotter are the settings of the snapshotter.
+func (f *daemonFlags) snapshotter() *snapshotter.Options {
+	c := f.file
+	o := &snapshotter.Options{
+		Request: f.fill, Linger: c.Snapshotter.Linger.Duration, Writable: c.Snapshotter.Writable,
+		RemapIDs: c.Snapshotter.RemapIDs, NoAhead: !c.Snapshotter.LookupAhead, Log: f.log,
+	}
+	if c.Policy.recordsAny() {
+		o.Record = &snapshotter.RecordOptions{Wanted: c.Policy.records, Rules: c.rules()}
+	}
+	return o
+}
+
+// fill has a device of the snapshotter made as the flags and the file say.
+func (f *daemonFlags) fill(r *node.Request) {
+	r.Begun = time.Now()
+	f.file.Policy.complete(r)
 	r.PlainHTTP, r.HostsDir, r.Platform, r.Transport = f.plainHTTP, f.hostsDir, f.platform, f.transport
+}
+
+// run says that the daemon is ready, and serves.
+func (d *daemon) run(ctx context.Context, l *node.DaemonListener, metrics string) error {
+	defer serveMetrics(metrics, d.MetricsHandler(), d.log)()
+	if err := d.store.Ready(); err != nil {
+		d.log.Warn("the service manager cannot be told", "err", err)
+	}
+	d.log.Info("the daemon serves", "socket", d.socket, "devices", len(d.List()), "kept", d.store.Kept())
+	return d.serve(ctx, l)
 }
 
 // left tells whether the devices are the next process's.
@@ -156,18 +248,20 @@ func (d *daemon) serve(ctx context.Context, l *node.DaemonListener) error {
 	case <-ctx.Done():
 		signal.Notify(signals, unix.SIGTERM, unix.SIGINT)
 		defer signal.Stop(signals)
-		d.end(signals)
+		d.giveUp(signals)
 	}
+	d.log.Info("the daemon leaves: calls under way come first")
 	if err := d.store.Stopping(); err != nil {
 		d.log.Warn("the service manager cannot be told", "err", err)
 	}
+	d.endImages() // a pull would wait for what only the next process answers
 	stop()
 	return <-served
 }
 
-// end gives up what nothing uses, and waits for the rest where nobody would
+// giveUp unmounts what nothing uses, and waits for the rest where nobody would
 // keep it.
-func (d *daemon) end(again <-chan os.Signal) {
+func (d *daemon) giveUp(again <-chan os.Signal) {
 	if d.store.Kept() && !d.store.Supervised() {
 		for _, busy := range d.Busy() {
 			d.log.Info("stays with the service manager", "image", busy)
@@ -195,12 +289,12 @@ func (d *daemon) end(again <-chan os.Signal) {
 
 // upgrade makes room for the next process.
 func (d *daemon) upgrade(r node.UpgradeRequest) error {
+	path := cmp.Or(r.Binary, strings.TrimSuffix(d.Info().Program, " (deleted)"))
+	if err := d.checkConfig(path); err != nil {
+		return err
+	}
 	switch {
 	case d.store.Supervised():
-		path := r.Binary
-		if path == "" {
-			path = strings.TrimSuffix(d.Info().Program, " (deleted)")
-		}
 		if err := d.store.Upgrade(path); err != nil {
 			return err
 		}
@@ -212,6 +306,16 @@ func (d *daemon) upgrade(r node.UpgradeRequest) error {
 	default:
 	}
 	return nil
+}
+
+// checkConfig refuses a configuration that the next process would not start with:
+// who reads what is mounted would wait for ever. A newer program may know more keys.
+func (d *daemon) checkConfig(program string) error {
+	err := checkConfig(d.config)
+	if err == nil || exec.Command(program, "daemon", "config", "--check", "--config="+d.config).Run() == nil {
+		return nil
+	}
+	return err
 }
 
 // upgradeTime bounds an upgrade: a new program has some 30 s to become ready,
@@ -299,50 +403,3 @@ func upgrade(ctx context.Context, cmd *cobra.Command, root, binary string) error
 		return nil
 	}
 }
-
-func newUnit() *cobra.Command {
-	return &cobra.Command{
-		Use:   "unit",
-		Short: "Print a systemd unit for the daemon",
-		Long: `Print a systemd unit for the daemon:
-
-  reprise daemon unit > /etc/systemd/system/reprise.service
-  systemctl daemon-reload && systemctl enable --now reprise`,
-		Args: args(cobra.NoArgs),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(cmd.OutOrStdout(), unit, self())
-			return err
-		},
-	}
-}
-
-// unit is the daemon's. systemd.service(5), systemd.kill(5).
-const unit = `[Unit]
-Description=reprise: container images, loaded lazily
-After=network-online.target
-Wants=network-online.target
-# However often it ends, its devices wait for the next start.
-StartLimitIntervalSec=0
-
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart=%s daemon
-Restart=always
-RestartSec=10ms
-# systemd holds the descriptors that devices live by. They outlive kills,
-# restarts, upgrades and, from systemd 254 on, also a stop: what is mounted then
-# waits for the next start. 'systemctl clean --what=fdstore reprise' lets go of them for good.
-FileDescriptorStoreMax=4096
-FileDescriptorStorePreserve=yes
-# Nothing but the daemon itself is to be ended with it.
-KillMode=process
-LimitNOFILE=1048576
-LimitMEMLOCK=infinity
-# Its memory is what others wait for: it is the last to be taken away.
-OOMScoreAdjust=-999
-# No PrivateMounts, ProtectSystem and the like: what it mounts must be seen by all.
-
-[Install]
-WantedBy=multi-user.target
-`

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,16 +31,21 @@ const (
 	groupNode       = "Node"
 )
 
-// examine looks at everything.
-func examine(ctx context.Context, root, hostsDir string) *diagnosis {
-	d := &diagnosis{Version: version, Kernel: kernelRelease()}
+// examine looks at everything. What the daemon's configuration is like was found
+// before.
+func (x *examination) examine(ctx context.Context, configured finding) *diagnosis {
+	d := &diagnosis{Version: version, Kernel: kernelRelease(), Ref: x.ref}
 	d.add(checkKernel(d.Kernel), checkPrivileges(), checkDeviceNode("/dev/fuse", "fuse"), checkDeviceNode("/dev/loop-control", "loop"))
 	d.add(checkURing(), checkCgroup())
 	d.add(checkBPF("/sys/kernel/btf/vmlinux", probe.Check)...)
 	d.add(checkTransports(device.Probe())...)
 	d.add(checkFileSystems()...)
-	d.add(checkState(root), checkDaemon(ctx, root), checkRunc(ctx), checkHosts(hostsDir))
-	d.OK = d.count(broken) == 0
+	d.add(configured, checkState(x.root), checkDaemon(ctx, x.root), checkRunc(ctx), checkHosts(cmp.Or(x.hostsDir, defaultHostsDir)))
+	d.add(checkContainerd(ctx, x.root, x.ctrd)...)
+	if x.ref != "" {
+		d.add(x.checkRegistry(ctx)...)
+	}
+	d.OK = d.count(broken, false)+d.count(broken, true) == 0
 	return d
 }
 

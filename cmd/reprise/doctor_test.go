@@ -43,8 +43,8 @@ func TestDoctor(t *testing.T) {
 		if f.Name != "state" { // how much is free changes
 			require.Contains(t, table.stdout, f.Detail)
 		}
-		if f.Remedy != "" {
-			require.Contains(t, table.stdout, "→ "+f.Remedy+"\n")
+		for _, line := range f.remedyLines() {
+			require.Contains(t, table.stdout, line+"\n")
 		}
 		if f.Grade == broken || f.Grade == lacking {
 			require.NotEmpty(t, f.Remedy, "%+v", f)
@@ -73,9 +73,44 @@ func TestDoctorNobody(t *testing.T) {
 	require.Contains(t, r.stdout, "for root only")
 }
 
+// TestDoctorConfigured looks at the daemon's configuration, and where that says.
+func TestDoctorConfigured(t *testing.T) {
+	b := newBench(t)
+	find := func(args ...string) (configuration, state finding) {
+		t.Helper()
+		var d diagnosis
+		require.NoError(t, json.Unmarshal([]byte(b.run(append([]string{"doctor", "--json"}, args...)...).stdout), &d))
+		var node []finding
+		for _, f := range d.Findings {
+			if f.Group == groupNode {
+				node = append(node, f)
+			}
+		}
+		return findingOf(t, node, "daemon config"), findingOf(t, node, "state")
+	}
+	path := b.write("config.toml", "root = \""+b.path("there")+"\"\n")
+	f, state := find("--config", path)
+	require.Equal(t, finding{Group: groupNode, Name: "daemon config", Grade: fine, Detail: path}, f)
+	require.Contains(t, state.Detail, b.path("there"))
+	_, state = find("--config", path, "--root", b.path("here"))
+	require.Contains(t, state.Detail, b.path("here"))
+	for text, says := range map[string]string{
+		"rooot = \"x\"\n":                 "rooot",
+		"root = \"\"\n":                   "root",
+		"[cache]\nchunk_size = \"3 B\"\n": "chunk_size",
+	} {
+		f, _ = find("--config", b.write("config.toml", text))
+		require.Equal(t, lacking, f.Grade, text)
+		require.Contains(t, f.Detail, says)
+		require.Contains(t, f.Remedy, "reprise daemon config")
+	}
+	f, _ = find("--config", b.path("none"))
+	require.Equal(t, lacking, f.Grade, "a file that was named is to be there")
+}
+
 func TestDoctorUsage(t *testing.T) {
 	b := newBench(t)
-	for _, args := range [][]string{{"doctor", "x"}, {"doctor", "--root="}, {"doctor", "--frob"}} {
+	for _, args := range [][]string{{"doctor", "x", "y"}, {"doctor", "x y"}, {"doctor", "--root="}, {"doctor", "--frob"}} {
 		require.Equal(t, exitUsage, b.run(args...).code, args)
 	}
 }
@@ -100,7 +135,7 @@ Two
 This machine can run reprise; some things do not work: see warn above (1).
 `, out.String())
 	d.add(finding{Group: "Two", Name: "c", Grade: broken, Detail: "x"})
-	require.Contains(t, d.verdict(), "cannot run reprise")
+	require.Contains(t, d.verdict()[0], "cannot run reprise")
 	require.ErrorIs(t, d.print(failingWriter{}), errFull)
 }
 

@@ -31,6 +31,13 @@ type nodeFlags struct {
 	prefetch                            backstore.Limits
 	retryFor, outageFor                 time.Duration
 	noDevice                            bool // the command itself reads
+
+	// Of the daemon: containerd's socket, and what repositories have of their own.
+	containerd  string
+	credentials func(repository, host string) []registry.Credential
+	// Likewise: where it logs to, and how long it looks for traces.
+	log       *slog.Logger
+	traceWait time.Duration
 }
 
 func (f *nodeFlags) add(cmd *cobra.Command) {
@@ -90,7 +97,7 @@ func (f *nodeFlags) check(cmd *cobra.Command) error {
 }
 
 func (f *nodeFlags) registry() registry.Options {
-	return registry.Options{HostsDir: f.hostsDir, PlainHTTP: f.plainHTTP}
+	return registry.Options{HostsDir: f.hostsDir, PlainHTTP: f.plainHTTP, Credentials: f.credentials}
 }
 
 func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
@@ -103,7 +110,7 @@ func (f *nodeFlags) open(cmd *cobra.Command) (*node.Node, error) {
 			MaxBytes: f.cacheSize, ChunkSize: f.chunkSize, RetryFor: f.retryFor, Outage: f.outage(cmd),
 			Background: f.prefetch, DecodedBytes: cmp.Or(f.decodedSize, -1), // there, 0 is the default
 		},
-		Tool: tool(), Log: logger(cmd),
+		TraceWait: f.traceWait, Tool: tool(), Log: cmp.Or(f.log, logger(cmd)),
 	})
 }
 

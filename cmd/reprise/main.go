@@ -101,7 +101,7 @@ func newRoot() *cobra.Command {
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(
 		newConvert(), newMount(), newUmount(), newRun(), newRecord(), newAttach(), newPull(),
-		newTrace(), newImage(), newBlob(), newDemo(), newSimulate(), newSupervise(), newDoctor(), newVersion(),
+		newTrace(), newImage(), newBlob(), newDemo(), newSimulate(), newPs(), newSupervise(), newDoctor(), newVersion(),
 		newDaemon(), newServe(), newKeep(),
 	)
 	return root

@@ -31,13 +31,7 @@ const testService = "reprise-test.service"
 // prints.
 func startSystemd(t *testing.T, b *bench) *testSystemd {
 	t.Helper()
-	const systemd = "/lib/systemd/systemd"
-	for _, tool := range []string{systemd, "systemctl", "unshare", "nsenter"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("needs systemd: %v", err)
-		}
-	}
-	s := &testSystemd{t: t, home: b.mkdir("home"), said: b.path("systemd.log")}
+	s := newTestSystemd(t, b)
 	units := b.mkdir("home/.config/systemd/user")
 	program := b.executable()
 	text := strings.Replace(b.ok("daemon", "unit"), " daemon\n", " daemon --root "+b.root+"\n", 1)
@@ -48,22 +42,48 @@ func startSystemd(t *testing.T, b *bench) *testSystemd {
 	for _, needsMore := range []string{"OOMScoreAdjust=", "LimitNOFILE=", "LimitMEMLOCK="} { // than a user's instance may
 		text = strings.ReplaceAll(text, "\n"+needsMore, "\n#"+needsMore)
 	}
+	text = strings.Replace(text, "[Service]\n", "[Service]\n"+b.unitEnv(), 1)
+	require.NoError(t, os.WriteFile(filepath.Join(units, testService), []byte(text), 0o644))
+	s.boot(b, "")
+	require.True(t, s.ctl("start", testService), "start the daemon")
+	return s
+}
+
+// newTestSystemd is an instance that does not run yet.
+func newTestSystemd(t *testing.T, b *bench) *testSystemd {
+	t.Helper()
+	for _, tool := range []string{systemdProgram, "systemctl", "unshare", "nsenter"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("needs systemd: %v", err)
+		}
+	}
+	return &testSystemd{t: t, home: b.mkdir("home"), said: b.path("systemd.log")}
+}
+
+const systemdProgram = "/lib/systemd/systemd"
+
+// unitEnv is what a unit needs to run the test's program as the program.
+func (b *bench) unitEnv() string {
 	var env strings.Builder
 	for _, v := range b.env {
 		if strings.HasPrefix(v, "REPRISE_") || strings.HasPrefix(v, "DOCKER_CONFIG=") || strings.HasPrefix(v, "PATH=") || strings.HasPrefix(v, "TMPDIR=") {
 			fmt.Fprintf(&env, "Environment=%s\n", strconv.Quote(v))
 		}
 	}
-	text = strings.Replace(text, "[Service]\n", "[Service]\n"+env.String(), 1)
-	require.NoError(t, os.WriteFile(filepath.Join(units, testService), []byte(text), 0o644))
+	return env.String()
+}
 
+// boot starts the instance, in a namespace that the shell script prepares.
+func (s *testSystemd) boot(b *bench, prepare string) {
+	t := s.t
 	join := ""
 	for _, dir := range controlGroups(t) {
 		join += fmt.Sprintf("echo $$ > %s/cgroup.procs || exit 3\n", dir)
 	}
 	s.cmd = exec.Command("unshare", "-m", "sh", "-c", join+`
 		mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system /run/own && chmod 700 /run/own || exit 3
-		exec `+systemd+` --user --unit=basic.target`)
+		`+prepare+`
+		exec `+systemdProgram+` --user --unit=basic.target`)
 	s.cmd.Env = append(b.env, "HOME="+s.home, "XDG_RUNTIME_DIR=/run/own", "SYSTEMD_LOG_TARGET=console")
 	log, err := os.Create(s.said)
 	require.NoError(t, err)
@@ -77,8 +97,6 @@ func startSystemd(t *testing.T, b *bench) *testSystemd {
 			t.Skipf("systemd does not run here: %s", p)
 		}
 	}
-	require.True(t, s.ctl("start", testService), "start the daemon")
-	return s
 }
 
 // ctl runs systemctl in the instance's namespace.
@@ -135,7 +153,7 @@ func (s *testSystemd) end() {
 	if s.cmd.ProcessState != nil {
 		return
 	}
-	s.ctl("stop", testService)
+	s.ctl("stop", testService, unitName)
 	_ = s.cmd.Process.Signal(unix.SIGTERM)
 	killed := time.AfterFunc(10*time.Second, func() { _ = s.cmd.Process.Kill() })
 	_ = s.cmd.Wait()

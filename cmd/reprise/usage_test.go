@@ -94,6 +94,10 @@ func TestUsage(t *testing.T) {
 		{"simulate x --lookup -1", "--lookup -1: not from 0 to 1000"},
 		{"simulate x --start-cpu -1s", "--start-cpu -1s: cannot be negative"},
 		{"simulate x --window 0", "--window 0: above 0"},
+		{"daemon install x", "unknown command"},
+		{"daemon install --host etc", "etc: not an absolute path"},
+		{"daemon uninstall --prefix=", "not an absolute path"},
+		{"daemon install --check --stay", "--check does not --stay"},
 		{"version x", "unknown command"},
 	}
 	b := newBench(t)

@@ -64,6 +64,7 @@ func (d *served) tryAdopt(fds map[string]int) (dead bool, err error) {
 	if err != nil {
 		return true, err
 	}
+	d.loseRecording()
 	old := st.Pid
 	st.Pid = os.Getpid()
 	st.Restarts++

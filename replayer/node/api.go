@@ -46,6 +46,8 @@ type Request struct {
 	Workload string           `json:"workload,omitempty"`
 	Args     []string         `json:"args,omitempty"`
 	Plan     replayer.Options `json:"plan"`
+	// TraceWait is that of [Config], the server's by default.
+	TraceWait time.Duration `json:"trace_wait_ns,omitempty"`
 
 	Entrypoint []string `json:"entrypoint,omitempty"`
 
@@ -67,8 +69,15 @@ type Request struct {
 	// a config.v1.json names; otherwise it is kept below Root until the image
 	// is unmounted.
 	Writable bool `json:"writable,omitempty"`
+	// Upper, if set, is the file that is written to instead, which is made if it is
+	// not there, with another one beside it. It stays when the device goes. The
+	// image must not have an upper layer of its own.
+	Upper string `json:"upper,omitempty"`
 	// Complete, if set, downloads what is missing of the image afterwards.
 	Complete *backstore.CompleteOptions `json:"complete,omitempty"`
+	// Record, if set, has the start of a container on the device recorded, if
+	// the image has no trace of the workload; see autorecord.go.
+	Record *RecordRules `json:"record,omitempty"`
 }
 
 // resolve gives a path of the request as this process sees it.
@@ -140,12 +149,22 @@ type Status struct {
 	Restarts int              `json:"restarts"`
 	Before   *backstore.Stats `json:"before,omitempty"`
 
+	// Size is that of the blobs of its layers at registries, bytes, and Present what
+	// is on this node of them.
+	Size    int64 `json:"size"`
+	Present int64 `json:"present"`
+	// Waiting says in a line each which fetches reads wait for.
+	Waiting []string `json:"waiting,omitempty"`
+
 	Phases []Phase  `json:"phases"`
 	Now    Snapshot `json:"now"`
 	Trace  string   `json:"trace"` // where the trace is from, or why there is none
 	// Explain says in a line why the trace is used, partly used or not.
-	Explain string          `json:"explain"`
-	Replay  replayer.Result `json:"replay"`
+	Explain string `json:"explain"`
+	// Recording says in a line how the recording of a container goes, or has gone,
+	// that the server does by itself; empty if there is none.
+	Recording string          `json:"recording,omitempty"`
+	Replay    replayer.Result `json:"replay"`
 }
 
 // ServerInfo is what a server says of itself.

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"time"
 )
 
@@ -54,6 +55,28 @@ func Dial(ctx context.Context, root string) (*Client, error) {
 		return nil, fmt.Errorf("no daemon listens at %s: %w", path, os.ErrNotExist)
 	}
 	return NewClient(path), nil
+}
+
+// DialAll makes clients of the servers that answer for devices of root: the daemon
+// first, if there is one, and those of a command each.
+func DialAll(root string) ([]*Client, error) {
+	list, err := states(root)
+	if err != nil {
+		return nil, err
+	}
+	sockets := []string{SocketPath(root)}
+	for _, st := range list {
+		if !slices.Contains(sockets, st.Socket) {
+			sockets = append(sockets, st.Socket)
+		}
+	}
+	var clients []*Client
+	for _, path := range sockets {
+		if listening(path) {
+			clients = append(clients, NewClient(path))
+		}
+	}
+	return clients, nil
 }
 
 // Close ends idle connections.
@@ -246,6 +269,12 @@ func (c *Client) Server(ctx context.Context) (*ServerInfo, error) {
 func (c *Client) List(ctx context.Context) (list []Status, err error) {
 	err = c.ask(ctx, http.MethodGet, "/devices", nil, nil, object(&list))
 	return list, err
+}
+
+// Get asks for an object of [ServerOptions.HTTP]: path is below the version of
+// the interface, "/snapshots" say.
+func (c *Client) Get(ctx context.Context, path string, v any) error {
+	return c.ask(ctx, http.MethodGet, path, nil, nil, object(v))
 }
 
 // Upgrade asks the server to make room for the next, and returns what it was.

@@ -14,8 +14,8 @@ import (
 // maxRequest bounds the body of a request, in bytes.
 const maxRequest = 4 << 20
 
-// Serve answers clients at l until ctx ends, and then what is under way, for a
-// moment. It closes l.
+// Serve answers clients at l until ctx ends, and then what is under way: gRPC calls
+// for [ServerOptions.CallGrace], the rest for a moment. It closes l.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	h := &http.Server{Handler: s.Handler(), ReadHeaderTimeout: 10 * time.Second, Protocols: new(http.Protocols)}
 	h.Protocols.SetHTTP1(true)
@@ -23,9 +23,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
-		grace, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		if h.Shutdown(grace) != nil {
+		wait, stop := s.calls.leave()
+		defer stop()
+		if h.Shutdown(wait) != nil {
 			_ = h.Close()
 		}
 	})
@@ -52,12 +52,15 @@ func (s *Server) Handler() http.Handler {
 	m.HandleFunc("GET "+apiVersion+"/devices/{id}/lease", s.getLease)
 	m.HandleFunc("POST "+apiVersion+"/upgrade", s.postUpgrade)
 	m.Handle("GET /metrics", s.MetricsHandler())
+	if s.o.HTTP != nil {
+		m.Handle("/", s.o.HTTP)
+	}
 	if s.o.GRPC == nil {
 		return m
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ProtoMajor == 2 && strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
-			s.o.GRPC.ServeHTTP(w, r)
+			s.calls.ServeHTTP(w, r)
 			return
 		}
 		m.ServeHTTP(w, r)

@@ -70,6 +70,9 @@ type ImageOptions struct {
 	// replay, if not nil, says how the trace is replayed, from when it is there:
 	// beside the opening. The context of the opening bounds the replay too.
 	replay *replayer.Options
+	// accel is the acceleration layer, once the manifest is known; nil if there is
+	// none.
+	accel *accelerator
 }
 
 // replays tells whether there may be a trace to replay beside the opening.
@@ -157,6 +160,7 @@ func (n *Node) openManifest(ctx context.Context, im *Image, src *source, m *mani
 		if im.trace != nil {
 			im.trace.end()
 		}
+		o.accel = src.accelerator(m)
 		im.trace = n.startLookup(ctx, im, o, config)
 	}
 	layers, err := src.layers(m)

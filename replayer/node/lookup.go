@@ -114,11 +114,19 @@ func openTrace(path string) (*tracefmt.Trace, error) {
 func (n *Node) findBeside(ctx context.Context, im *Image, of digest.Digest, o ImageOptions, config <-chan struct{}) (*tracefmt.Trace, string, error) {
 	<-config // the entrypoint is part of the workload's name
 	name := im.workload(o)
+	if t, why := n.ahead.get(im.aheadKey(of, name)); t != nil {
+		return t, why, nil
+	}
 	store, err := artifact.New(n.client, im.Ref)
 	if err != nil {
 		return nil, "", err
 	}
 	t, e, err := store.Auto(ctx, of, name)
+	if errors.Is(err, os.ErrNotExist) {
+		if t, why, err := o.accel.find(ctx, im); t != nil || err != nil {
+			return t, why, err
+		}
+	}
 	switch {
 	case errors.Is(err, os.ErrNotExist):
 		return nil, fmt.Sprintf("no trace of workload %s beside the image, nor of another; record one with 'reprise record --attach'", name), nil

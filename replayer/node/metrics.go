@@ -262,6 +262,7 @@ func (s *Server) Describe(ch chan<- *prometheus.Desc) {
 // Prometheus reads them.
 func (s *Server) MetricsHandler() http.Handler {
 	r := prometheus.NewRegistry()
+	r.MustRegister(s.o.Collectors...)
 	r.MustRegister(s, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return promhttp.HandlerFor(r, promhttp.HandlerOpts{})
 }

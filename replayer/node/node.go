@@ -82,6 +82,7 @@ type Node struct {
 	cache    *backstore.Cache
 	client   *registry.Client
 	outcomes outcomes
+	ahead    *aheads
 }
 
 // Open opens the state directory.
@@ -103,7 +104,7 @@ func Open(c *Config) (*Node, error) {
 	if err := os.MkdirAll(o.Root, 0o711); err != nil {
 		return nil, fmt.Errorf("state directory: %w; name another with --root", err)
 	}
-	n := &Node{o: o}
+	n := &Node{o: o, ahead: &aheads{}}
 	if o.Platform != "" {
 		p, err := platforms.Parse(o.Platform)
 		if err != nil {
@@ -126,8 +127,9 @@ func Open(c *Config) (*Node, error) {
 // with is a node of the same root and cache that reaches registries, chooses
 // platforms, and logs as a request asks for. Only its client is to be closed.
 func (n *Node) with(r *Request, log *slog.Logger) (*Node, error) {
-	w := &Node{o: n.o, platform: n.platform, cache: n.cache, client: n.client}
+	w := &Node{o: n.o, platform: n.platform, cache: n.cache, client: n.client, ahead: n.ahead}
 	w.o.Log = log
+	w.o.TraceWait = cmp.Or(r.TraceWait, w.o.TraceWait)
 	if r.Transport != "" {
 		w.o.Transport = r.Transport
 	}

@@ -96,3 +96,24 @@ func (im *Image) reopenUpper(path string) error {
 	im.setUpper(w)
 	return nil
 }
+
+// keepUpper gives the image a layer to write to that outlives its device: the one
+// at path, or a new one if there is none. Nobody else may have it open.
+func (im *Image) keepUpper(path string) (err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("open upper layer: %w", err)
+	}
+	fi, err := f.Stat()
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("open upper layer: %w", err)
+	}
+	if im.lock, err = lockUpper(path, true); err != nil {
+		return fmt.Errorf("open upper layer: %w", err)
+	}
+	if fi.Size() == 0 { // new, or whoever made it was killed
+		return im.createUpper(path)
+	}
+	im.pin.Upper = path
+	return im.reopenUpper(path)
+}

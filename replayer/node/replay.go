@@ -50,6 +50,8 @@ func (n *Node) startReplay(ctx context.Context, im *Image, blobs backstore.Stack
 	go func() {
 		defer close(r.done)
 		defer r.cancel()
+		ctx, end := r.traced(ctx, im.Ref)
+		defer end()
 		n.runReplay(ctx, r, im, blobs, o, opened)
 		n.outcomes.add(r.outcome())
 		n.o.Log.Info("the replay has ended", "image", im.Ref, "trace", im.explainLookup(r, true))

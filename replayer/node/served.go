@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"golang.org/x/sys/unix"
 
 	"github.com/reprise-project/reprise/backstore/device"
@@ -28,6 +30,9 @@ type served struct {
 	stop  context.CancelCauseFunc // of work: attaching, replay, download
 	wg    sync.WaitGroup          // of work
 
+	recording atomic.Pointer[autoRecording] // nil if there has been none; before ready
+	lost      bool                          // so, but for one of the server before; before ready
+
 	mu        sync.Mutex // guards what follows
 	state     state      // not while it is being attached: then its goroutine owns it
 	im        *Image     // likewise
@@ -46,7 +51,8 @@ type served struct {
 // roleUpper is the lock on a writable layer, as the keeper names it.
 const roleUpper = "upper"
 
-func (s *Server) newServed(r *Request) *served {
+// newServed makes a device; ctx says of which span its work is, and nothing else.
+func (s *Server) newServed(ctx context.Context, r *Request) *served {
 	d := &served{
 		s: s, id: r.ID, log: newDeviceLog(s.o.Log),
 		ready: make(chan struct{}), gone: make(chan struct{}), replayed: make(chan struct{}),
@@ -58,14 +64,15 @@ func (s *Server) newServed(r *Request) *served {
 	if r.Dir != "" {
 		d.state.Dir = resolveDir(r.resolve(r.Dir))
 	}
-	d.work, d.stop = context.WithCancelCause(context.Background())
+	span := trace.ContextWithSpanContext(context.Background(), trace.SpanContextFromContext(ctx))
+	d.work, d.stop = context.WithCancelCause(span)
 	return d
 }
 
 // attach does what was asked for, and undoes it if it fails.
 func (d *served) attach() {
 	r := &d.state.Request
-	err := d.tryAttach()
+	err := d.traced(d.tryAttach)
 	if err != nil {
 		if cause := context.Cause(d.work); cause != nil && errors.Is(err, context.Canceled) {
 			err = cause
@@ -118,7 +125,7 @@ func (d *served) tryAttach() (err error) {
 		return err
 	}
 	if r.Writable && d.im.readOnly {
-		if err := d.im.createUpper(upperPath(d.n.o.Root, d.id)); err != nil {
+		if err := d.makeUpper(); err != nil {
 			return err
 		}
 	}
@@ -128,11 +135,20 @@ func (d *served) tryAttach() (err error) {
 			return err
 		}
 	}
+	d.startRecording()
 	d.startWork()
 	if err := d.attachDevice(ctx); err != nil {
 		return err
 	}
 	return d.mount(ctx)
+}
+
+// makeUpper gives the image a layer to write to.
+func (d *served) makeUpper() error {
+	if path := d.state.Request.Upper; path != "" {
+		return d.im.keepUpper(d.state.Request.resolve(path))
+	}
+	return d.im.createUpper(upperPath(d.n.o.Root, d.id))
 }
 
 // attachDevice makes the kernel's device.
@@ -209,6 +225,32 @@ func (d *served) mount(ctx context.Context) error {
 	d.state.Mounted = true
 	d.writeLater()
 	return nil
+}
+
+// remount mounts a device again whose mount somebody has taken away while it is in
+// use. The error matches device.ErrGone if the device has gone meanwhile, and EBUSY
+// if it is of no use while it is there.
+func (d *served) remount() error {
+	d.ending.Lock() // it stays
+	defer d.ending.Unlock()
+	select {
+	case <-d.gone:
+		return fmt.Errorf("device %s: %w", d.id, device.ErrGone)
+	default:
+	}
+	d.mu.Lock()
+	s := d.state
+	d.mu.Unlock()
+	if s.Dir == "" || s.mountedHere() {
+		return nil
+	}
+	if d.im.failing.Load() {
+		return fmt.Errorf("device %s: it cannot be read any more: %w", d.id, errBusy)
+	}
+	if err := checkMountPoint(s.Dir); err != nil {
+		return err
+	}
+	return device.Mount(s.Path, s.Dir, d.im.FSType, !s.Request.Writable, "")
 }
 
 // startWork begins to replay, where the opening has not, and then to complete
@@ -302,6 +344,14 @@ func (d *served) status() *Status {
 		Phases: d.im.phases.List(), Now: snapshot(d.im), Replay: d.replay,
 	}
 	st.Now.Restarts = st.Restarts
+	for _, b := range d.im.Blobs() {
+		if b != nil {
+			st.Size, st.Present = st.Size+b.Size(), st.Present+b.Present()
+		}
+	}
+	for _, w := range d.im.Waiting() {
+		st.Waiting = append(st.Waiting, w.String())
+	}
 	select {
 	case <-d.im.trace.done:
 		st.Trace = d.im.trace.why
@@ -309,6 +359,7 @@ func (d *served) status() *Status {
 		st.Trace = "the lookup had not ended"
 	}
 	st.Explain = d.im.explain(d.im.replay)
+	st.Recording = d.recordingState()
 	return st
 }
 

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/reprise-project/reprise/backstore/device"
@@ -23,7 +24,7 @@ import (
 type Devices interface {
 	// Attach opens an image and makes its device, mounted if the request says
 	// so, and returns when that is done. A device that is there already is what
-	// it returns then. say, if not nil, is told what is logged meanwhile. When
+	// it returns then; it is mounted again if it is not any more. say, if not nil, is told what is logged meanwhile. When
 	// ctx ends first, and nobody else waits, all is undone.
 	Attach(ctx context.Context, r *Request, say func(line string)) (*Status, error)
 	// Status describes a device; with trace set, when it is known whether its trace
@@ -60,6 +61,14 @@ type ServerOptions struct {
 	Upgrade func(UpgradeRequest) error
 	// GRPC, if set, answers gRPC on the same socket.
 	GRPC http.Handler
+	// CallGrace is how long gRPC calls may take that are under way when the server
+	// ends, 10 s by default. Their contexts end then.
+	CallGrace time.Duration
+	// Collectors, if any, are more figures for Prometheus.
+	Collectors []prometheus.Collector
+	// HTTP, if set, answers what clients ask of the same socket and the server does
+	// not know; see [Client.Get].
+	HTTP http.Handler
 	// Log receives warnings, slog.Default() by default.
 	Log *slog.Logger
 
@@ -69,14 +78,16 @@ type ServerOptions struct {
 // A Server makes devices of images and serves them. [Server.Close] it, or end
 // the process: then the next one adopts what a keeper holds.
 type Server struct {
-	n       *Node
-	o       ServerOptions
-	broken  error // why there is no node
-	table   table
-	metrics metrics
-	started time.Time
-	leaving chan struct{} // closed by Close and Leave
-	wg      sync.WaitGroup
+	n          *Node
+	o          ServerOptions
+	broken     error // why there is no node
+	table      table
+	metrics    metrics
+	calls      *calls
+	started    time.Time
+	recordings recordings
+	leaving    chan struct{} // closed by Close and Leave
+	wg         sync.WaitGroup
 
 	mu      sync.Mutex // guards what follows
 	devices map[string]*served
@@ -89,6 +100,9 @@ var _ Devices = (*Server)(nil)
 
 // defaultLease is how long a client may be gone.
 const defaultLease = 5 * time.Second
+
+// defaultCallGrace is how long a gRPC call may hold up the end of the server.
+const defaultCallGrace = 10 * time.Second
 
 // NewServer makes a server of devices on n, which is to be closed after it.
 func NewServer(n *Node, o *ServerOptions) *Server {
@@ -116,6 +130,7 @@ func newServer(o *ServerOptions) *Server {
 		s.o = *o
 	}
 	s.o.LeaseGrace = cmp.Or(s.o.LeaseGrace, defaultLease)
+	s.calls = newCalls(s.o.GRPC, cmp.Or(s.o.CallGrace, defaultCallGrace))
 	if s.o.Keeper != nil {
 		s.o.Keeper = &mortalKeeper{Keeper: s.o.Keeper, log: cmp.Or(s.o.Log, slog.Default())}
 	}
@@ -137,7 +152,7 @@ func (s *Server) Attach(ctx context.Context, r *Request, say func(string)) (*Sta
 }
 
 func (s *Server) attach(ctx context.Context, r *Request, say func(string)) (*Status, error) {
-	d, isNew, err := s.register(r)
+	d, isNew, err := s.register(ctx, r)
 	if err != nil {
 		return nil, err
 	}
@@ -150,11 +165,17 @@ func (s *Server) attach(ctx context.Context, r *Request, say func(string)) (*Sta
 	if err := d.await(ctx); err != nil {
 		return nil, err
 	}
+	if !isNew {
+		if err := d.remount(); err != nil {
+			return nil, err
+		}
+	}
+	d.joined(r)
 	return d.status(), nil
 }
 
 // register finds the device of a request or makes one.
-func (s *Server) register(r *Request) (d *served, isNew bool, err error) {
+func (s *Server) register(ctx context.Context, r *Request) (d *served, isNew bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -164,7 +185,7 @@ func (s *Server) register(r *Request) (d *served, isNew bool, err error) {
 	if d := s.devices[r.ID]; d != nil {
 		return d, false, nil
 	}
-	d = s.newServed(r)
+	d = s.newServed(ctx, r)
 	s.devices[r.ID] = d
 	return d, true, nil
 }
@@ -327,7 +348,7 @@ func (s *Server) Adopt(ctx context.Context) error {
 
 // adopted registers the device of a state file.
 func (s *Server) adopted(st *state) *served {
-	d := s.newServed(&st.Request)
+	d := s.newServed(context.Background(), &st.Request)
 	d.state = *st
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -408,7 +429,7 @@ func (s *Server) ReleaseIdle(ctx context.Context) (busy []string) {
 func (s *Server) Detach() {
 	for _, d := range s.all() {
 		if err := d.unmount(true); err != nil {
-			s.o.Log.Warn("unmount", "dir", d.state.Dir, "err", err)
+			s.o.Log.Warn("unmount", "image", d.state.Request.Ref, "dir", d.state.Dir, "err", err)
 		}
 	}
 }

@@ -37,6 +37,8 @@ type manifest struct {
 	digest digest.Digest
 	config ocispec.Descriptor
 	layers []ocispec.Descriptor // acceleration layers left out
+	accel  *ocispec.Descriptor  // the acceleration layer; nil if there is none
+	above  error                // why what is above the layers is none of them; nil if nothing is
 }
 
 func (s *source) manifest(ctx context.Context) (*manifest, error) {
@@ -53,7 +55,7 @@ func (s *source) manifest(ctx context.Context) (*manifest, error) {
 	return m, nil
 }
 
-// parseManifest makes sure that the image's layers are in overlaybd format.
+// parseManifest makes sure that the image begins with layers in overlaybd format.
 func parseManifest(raw []byte) (*manifest, error) {
 	var m ocispec.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
@@ -62,15 +64,17 @@ func parseManifest(raw []byte) (*manifest, error) {
 	out := &manifest{config: m.Config}
 	for i, l := range m.Layers {
 		if l.Annotations[annotationAccel] == "yes" {
+			out.accel = &l
 			continue
 		}
 		if l.Annotations[annotationDigest] == "" {
-			return nil, fmt.Errorf("layer %d (%s) is not in overlaybd format: convert the image first with 'reprise convert'", i, l.Digest)
+			out.above = fmt.Errorf("layer %d (%s) is not in overlaybd format: convert the image first with 'reprise convert'", i, l.Digest)
+			break
 		}
 		out.layers = append(out.layers, l)
 	}
 	if len(out.layers) == 0 {
-		return nil, errors.New("the image has no layers")
+		return nil, cmp.Or(out.above, errors.New("the image has no layers"))
 	}
 	if len(out.layers) > lsmt.MaxLayers {
 		return nil, fmt.Errorf("%d layers, at most %d are supported", len(out.layers), lsmt.MaxLayers)
@@ -78,9 +82,13 @@ func parseManifest(raw []byte) (*manifest, error) {
 	return out, nil
 }
 
-// cut leaves out what is above the layers that are asked for, if any are.
+// cut leaves out what is above the layers that are asked for. If none are, all
+// layers have to be in overlaybd format.
 func (m *manifest) cut(layers []digest.Digest) error {
 	if layers == nil {
+		if m.above != nil {
+			return fmt.Errorf("manifest %s: %w", m.digest, m.above)
+		}
 		return nil
 	}
 	if len(layers) == 0 || len(layers) > len(m.layers) {

@@ -50,6 +50,9 @@ type state struct {
 	Backing  string `json:"backing,omitempty"`
 	Mounted  bool   `json:"mounted,omitempty"`
 	Replayed bool   `json:"replayed,omitempty"` // the replay has ended
+	// Recording says that a container is being recorded, which the next server
+	// cannot go on with.
+	Recording bool `json:"recording,omitempty"`
 	// Figures are the server's, as it last wrote them down, and Before those of
 	// the servers before.
 	Figures *backstore.Stats `json:"figures,omitempty"`
