@@ -36,13 +36,15 @@ type coldSite struct {
 	reg     *regtest.Registry
 	client  *registry.Client
 	say     func(format string, args ...any)
+
+	originals map[string]*DemoImage // before conversion
 }
 
 // readyFlags are those of every start.
 var readyFlags = []string{"--net", "own", "--ready-log", "^ready on "}
 
 func openColdSite(ctx context.Context, dir string, codec convert.Options, program string, say func(string, ...any)) (*coldSite, error) {
-	s := &coldSite{dir: dir, codec: codec, program: program, say: say}
+	s := &coldSite{dir: dir, codec: codec, program: program, say: say, originals: map[string]*DemoImage{}}
 	if err := os.MkdirAll(s.path(""), 0o755); err != nil {
 		return nil, err
 	}
@@ -100,6 +102,7 @@ func (s *coldSite) image(ctx context.Context, r recipe) error {
 	if err != nil {
 		return err
 	}
+	s.originals[r.name] = im
 	size, err := s.convert(ctx, im, s.ref(r.name))
 	if err != nil {
 		return err

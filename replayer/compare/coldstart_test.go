@@ -26,7 +26,7 @@ import (
 
 // What `make coldstart` sets; see the Makefile.
 const (
-	envColdStart = "REPRISE_COLDSTART"         // matrix, adversarial, fleet, gaps, recording, stability, overhead, kills: several with spaces between
+	envColdStart = "REPRISE_COLDSTART"         // matrix, adversarial, fleet, gaps, recording, stability, overhead, kills, containerd: several with spaces between
 	envDir       = "REPRISE_COLDSTART_DIR"     // where images and traces stay
 	envImages    = "REPRISE_COLDSTART_IMAGES"  // java python node
 	envLinks     = "REPRISE_COLDSTART_LINKS"   // 10ms,200mbit 30ms,1gbit …
@@ -51,6 +51,7 @@ func TestColdStart(t *testing.T) {
 	experiments := map[string]func(){
 		"matrix": b.matrix, "adversarial": b.adversarial, "fleet": b.fleet, "gaps": b.gaps,
 		"recording": b.recording, "stability": b.stability, "overhead": b.overhead, "kills": b.kills,
+		"containerd": b.containerd,
 	}
 	for _, w := range what {
 		require.Contains(t, experiments, w, envColdStart)
@@ -65,9 +66,9 @@ func TestColdStart(t *testing.T) {
 	}
 }
 
-// replays tells whether an experiment needs the images' own traces.
+// replays tells whether an experiment needs all recordings of the images.
 func replays(what string) bool {
-	return !slices.Contains([]string{"recording", "stability", "overhead", "kills"}, what)
+	return !slices.Contains([]string{"recording", "stability", "overhead", "kills", "containerd"}, what)
 }
 
 // A coldBench is a site with the images that are asked for.

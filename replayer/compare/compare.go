@@ -41,6 +41,9 @@ type Options struct {
 	WarmRoot string
 	// Link, if set, is what stands between the starts and the registry.
 	Link *regtest.Link
+	// Resident are files that are in the page cache when a start begins, such as
+	// programs that the machine uses all the time.
+	Resident []string
 	// Timeout bounds one start, 2 minutes by default.
 	Timeout time.Duration
 	// Stderr receives what failing starts say.
@@ -120,7 +123,7 @@ func (c *comparison) start(ctx context.Context, v *Variant) (s start, err error)
 		return start{}, err
 	}
 	defer func() { err = errors.Join(err, remove()) }()
-	if err := dropCaches(c.dir); err != nil {
+	if err := errors.Join(dropCaches(c.dir), readFiles(c.o.Resident)); err != nil {
 		return start{}, err
 	}
 	if !v.Warm {
@@ -203,6 +206,21 @@ func dropCaches(dir string) error {
 	}
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
 		return fmt.Errorf("drop the page cache: %w", err)
+	}
+	return nil
+}
+
+// readFiles brings files into the page cache.
+func readFiles(paths []string) error {
+	for _, path := range paths {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -9,8 +9,10 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"sync"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -138,7 +140,7 @@ func fleetOnce(ctx context.Context, o *FleetOptions, m Mode) (r fleetRound, err 
 	if err := dropCaches(o.Dir); err != nil {
 		return r, err
 	}
-	stop, err := startDaemon(ctx, o, root)
+	stop, err := startDaemon(ctx, o.Program, o.Env, root)
 	if err != nil {
 		return r, err
 	}
@@ -158,11 +160,25 @@ func fleetOnce(ctx context.Context, o *FleetOptions, m Mode) (r fleetRound, err 
 }
 
 // startDaemon starts a daemon and waits until it answers. stop ends it.
-func startDaemon(ctx context.Context, o *FleetOptions, root string) (stop func() error, err error) {
-	cmd := exec.Command(o.Program, "daemon", "--root", root)
-	cmd.Env = o.Env
+func startDaemon(ctx context.Context, program string, env []string, root string, flags ...string) (stop func() error, err error) {
+	cmd := exec.Command(program, append([]string{"daemon", "--root", root}, flags...)...)
+	cmd.Env = env
+	return startServer(ctx, cmd, func(ctx context.Context) error {
+		c, err := node.Dial(ctx, root)
+		if err != nil {
+			return err
+		}
+		return c.Close()
+	})
+}
+
+// startServer starts a program that serves and waits until answers gives no error.
+// stop ends it.
+func startServer(ctx context.Context, cmd *exec.Cmd, answers func(context.Context) error) (stop func() error, err error) {
+	name := filepath.Base(cmd.Path)
 	var said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // an interrupt from the keyboard is not for it
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -173,18 +189,18 @@ func startDaemon(ctx context.Context, o *FleetOptions, root string) (stop func()
 		kill := time.AfterFunc(30*time.Second, func() { _ = cmd.Process.Kill() })
 		defer kill.Stop()
 		if err := <-ended; err != nil {
-			return fmt.Errorf("daemon: %w: %s", err, said.String())
+			return fmt.Errorf("%s: %w: %s", name, err, said.String())
 		}
 		return nil
 	}
 	for {
-		if c, err := node.Dial(ctx, root); err == nil {
-			return stop, c.Close()
+		if answers(ctx) == nil {
+			return stop, nil
 		}
 		select {
 		case <-time.After(10 * time.Millisecond):
 		case err := <-ended:
-			return nil, fmt.Errorf("daemon: %w: %s", err, said.String())
+			return nil, fmt.Errorf("%s: %w: %s", name, err, said.String())
 		case <-ctx.Done():
 			return nil, errors.Join(context.Cause(ctx), stop())
 		}

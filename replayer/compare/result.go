@@ -34,6 +34,7 @@ type Result struct {
 // Figures are the measurements of one mode.
 type Figures struct {
 	Ready    *Series `json:"ready_seconds"`
+	Process  *Series `json:"process_seconds"` // until the container's process was started
 	Stall    *Series `json:"stall_seconds"`
 	Requests *Series `json:"requests"`
 	Bytes    *Series `json:"bytes"`
@@ -114,6 +115,7 @@ func (r *Result) add(v Variant, starts []start) {
 func figures(starts []start) *Figures {
 	return &Figures{
 		Ready:    series(starts, func(s start) float64 { return s.Ready.Seconds() }),
+		Process:  series(starts, func(s start) float64 { return s.Process.Seconds() }),
 		Stall:    series(starts, func(s start) float64 { return s.Stall.Seconds() }),
 		Requests: series(starts, func(s start) float64 { return float64(s.Requests) }),
 		Bytes:    series(starts, func(s start) float64 { return float64(s.Bytes) }),

@@ -2,6 +2,7 @@ package compare
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -45,7 +46,15 @@ type Variant struct {
 	Against Mode
 	// Check, if set, looks at each start when the container is ready.
 	Check func(*node.Report) error
+
+	start starter // other than `reprise run`
+	local bool    // which needs no registry
 }
+
+// A starter starts an image in an empty directory, waits until the container is
+// ready, and ends it. It calls atReady once: at that moment, or when it is known
+// never to come.
+type starter func(ctx context.Context, dir string, atReady func()) (process, error)
 
 // Standard are the variants of a plain comparison, in the order of a round.
 func Standard() []Variant {
