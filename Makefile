@@ -6,13 +6,18 @@
 #   make vmtest   devices of every kind, served and killed, and eBPF, in an emulated machine with Linux 6.12
 #   make torture  1,000 kills of the daemon and of devices, a minute of fio, a registry that is away for another
 #   make coldstart  cold starts of real images, as root: packages are fetched and images made the first time
-#                   WHAT='matrix adversarial fleet gaps recording stability overhead kills' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
+#                   WHAT='matrix adversarial fleet gaps recording stability overhead kills containerd' IMAGES='java python node' LINKS='10ms,200mbit 30ms,1gbit' RUNS=5 KEEP=DIR
 #                   STARTS='other workload,truncated' (of adversarial) CODEC='zstd 16'
+#                   WHAT=containerd: through the containerd that make containerd has built, or else, and with REPRISE_CONTAINERD=, the machine's own
 #   make race     go test -race ./...
 #   make fuzz     each fuzz target for FUZZTIME (10s)
 #   make bench    all benchmarks, with fio as a second opinion
+#   make containerd  containerd 2.x, of the version in .ci/containerd/go.mod, which tests then run beside the machine's own
 #   make lint     golangci-lint, built from the version in .ci/tools/go.mod
 #   make generate what is generated: the BPF object and its bindings; fails if that changes anything
+#   make package  a .deb and an image of the daemon, a Helm chart and a DaemonSet, in bin/package
+#                   ARCHS='amd64 arm64' IMAGE=registry.example.com/reprise, the name that the image will have
+#   make install, make uninstall  the program, and the unit where there is systemd   PREFIX=/usr/local DESTDIR=
 #   make deps     Debian packages for test, demo and bench   WHAT='test browser demo bench race vmtest generate'
 
 SHELL       := /bin/bash
@@ -28,13 +33,20 @@ GO        ?= go
 VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 BUILD     := -trimpath -buildvcs=false -ldflags '-X main.version=$(VERSION)'
 PREFIX    ?= /usr/local
+UNITDIR   ?= $(PREFIX)/lib/systemd/system
+ARCHS     ?= amd64 arm64
+IMAGE     ?= registry.example.com/reprise
 FUZZTIME  ?= 10s
 VMTIMEOUT ?= 15m
 BENCH     ?= .
 BENCHTIME ?= 1s
 WHAT      ?= test demo bench
 
-.PHONY: build test race root vmtest torture coldstart fuzz bench generate lint demo deps install clean
+# Where tests find containerd 2.x: by default what make containerd has built.
+REPRISE_CONTAINERD ?= $(dir $(wildcard $(CURDIR)/bin/tools/containerd/containerd))
+export REPRISE_CONTAINERD
+
+.PHONY: build test race root vmtest torture coldstart fuzz bench generate lint containerd demo deps package install uninstall clean
 .DEFAULT_GOAL := build
 
 build:
@@ -93,6 +105,10 @@ lint:
 	$(GO) -C .ci/tools build -buildvcs=false -o ../../bin/tools/golangci-lint github.com/golangci/golangci-lint/v2/cmd/golangci-lint
 	bin/tools/golangci-lint run ./...
 
+containerd:
+	mkdir -p bin/tools/containerd
+	$(GO) -C .ci/containerd build -buildvcs=false -trimpath -o ../../bin/tools/containerd/ tool
+
 demo:
 	@.ci/deps demo
 	@$(MAKE) build
@@ -102,8 +118,22 @@ demo:
 deps:
 	@.ci/deps $(WHAT)
 
+# Starting the daemon is left to whoever installs; 'reprise daemon install' does it all.
 install: build
 	install -D -m 0755 bin/reprise $(DESTDIR)$(PREFIX)/bin/reprise
+	install -d $(DESTDIR)$(UNITDIR)
+	sed 's|^ExecStart=/usr/bin/|ExecStart=$(PREFIX)/bin/|' cmd/reprise/deploy/reprise.service >$(DESTDIR)$(UNITDIR)/reprise.service
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/reprise $(DESTDIR)$(UNITDIR)/reprise.service
+
+# The same sources make the same packages, byte for byte: their time is that of the commit.
+package:
+	@mkdir -p bin/package
+	for arch in $(ARCHS); do GOARCH=$$arch $(GO) build $(BUILD) -o bin/package/$$arch/reprise ./cmd/reprise; done
+	$(GO) -C .ci/package build -buildvcs=false -o ../../bin/tools/package .
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} \
+		bin/tools/package -version '$(VERSION)' -image '$(IMAGE)' $(ARCHS)
 
 clean:
 	rm -rf bin
