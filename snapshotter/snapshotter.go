@@ -331,12 +331,17 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 
 // Commit implements [snapshots.Snapshotter]. What was written on a chain becomes an
 // ordinary snapshot above it; what was written to a device of a container's own
-// cannot be committed.
+// cannot be committed. Nor can a layer in overlaybd format that was downloaded and
+// unpacked as if it were an archive of files: a client that does not pass labels on
+// does that, and the container would find one file.
 func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	if w, err := s.writable(ctx, key); err != nil {
 		return err
 	} else if w != nil {
 		return fmt.Errorf("commit of snapshot %s, which is in writable mode %s: %w", key, w.mode, errdefs.ErrNotImplemented)
+	}
+	if s.isWrapper(ctx, key) {
+		return fmt.Errorf("commit of snapshot %s: it is a layer in overlaybd format, unpacked by a client that does not say so: pull the image with 'reprise pull', or through the CRI: %w", key, errdefs.ErrFailedPrecondition)
 	}
 	id, _ := s.deviceUnder(ctx, key)
 	if err := s.plain.Commit(ctx, name, key, opts...); err != nil {
@@ -346,6 +351,23 @@ func (s *Snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		s.devices.later(id, s.o.Linger)
 	}
 	return nil
+}
+
+// wrapped is the one file in the archive that wraps a layer in overlaybd format.
+const wrapped = "overlaybd.commit"
+
+// isWrapper tells whether a snapshot holds such an archive's content, and no more.
+func (s *Snapshotter) isWrapper(ctx context.Context, key string) bool {
+	var id string
+	err := s.read(ctx, func(ctx context.Context) (err error) {
+		id, _, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return false
+	}
+	entries, err := os.ReadDir(s.dir(id)) // the container's own directory, on no device
+	return err == nil && len(entries) == 1 && entries[0].Name() == wrapped && entries[0].Type().IsRegular()
 }
 
 // Remove implements [snapshots.Snapshotter]. The directory of the snapshot is gone

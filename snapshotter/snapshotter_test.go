@@ -450,6 +450,24 @@ func TestLookAhead(t *testing.T) {
 	}
 }
 
+// A client that passes no labels on unpacks the archive around a layer.
+func TestUnpackedWrapper(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	s, err := New(t.Context(), t.TempDir(), noDevices{}, nil)
+	require.NoError(t, err)
+	defer s.Close()
+	mounts, err := s.Prepare(t.Context(), "extract-1 chain", "")
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(filepath.Join(mounts[0].Source, "overlaybd.commit"), []byte("x"), 0o600))
+	err = s.Commit(t.Context(), "chain", "extract-1 chain")
+	require.ErrorIs(t, err, errdefs.ErrFailedPrecondition)
+	require.ErrorContains(t, err, "reprise pull")
+	require.NoError(t, os.WriteFile(filepath.Join(mounts[0].Source, "other"), nil, 0o600))
+	require.NoError(t, s.Commit(t.Context(), "chain", "extract-1 chain"))
+}
+
 func TestBadOptions(t *testing.T) {
 	_, err := New(t.Context(), t.TempDir(), noDevices{}, &Options{Writable: "both"})
 	require.ErrorContains(t, err, `writable mode "both"`)
