@@ -47,7 +47,7 @@ type ctrd struct {
 // is the socket of the snapshotter "reprise".
 func startContainerd(ctx context.Context, bin, root, plugin string) (c *ctrd, err error) {
 	c = new(ctrd)
-	if c.tmp, err = os.MkdirTemp("", "reprise-ctrd"); err != nil { // sockets have short paths
+	if c.tmp, err = os.MkdirTemp("", "ctrd-"); err != nil { // sockets have short paths
 		return nil, err
 	}
 	defer func() {
@@ -58,7 +58,11 @@ func startContainerd(ctx context.Context, bin, root, plugin string) (c *ctrd, er
 	c.socket = filepath.Join(c.tmp, "c.sock")
 	config := fmt.Sprintf(ctrdConfig, root, filepath.Join(c.tmp, "state"), c.socket)
 	if plugin != "" {
-		config += fmt.Sprintf(ctrdPlugin, plugin)
+		short := filepath.Join(c.tmp, "r.sock")
+		if err := os.Symlink(plugin, short); err != nil {
+			return nil, err
+		}
+		config += fmt.Sprintf(ctrdPlugin, short)
 	}
 	file := filepath.Join(c.tmp, "config.toml")
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
