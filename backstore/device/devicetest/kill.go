@@ -159,11 +159,24 @@ func (s *server) serve(open Opener) error {
 	case <-d.Done():
 		return errors.Join(errors.New("the device ended"), d.Err())
 	}
-	err = errors.Join(d.Close(), os.Remove(s.statePath()))
+	err = errors.Join(closeFree(d), os.Remove(s.statePath()))
 	if c, ok := b.(io.Closer); ok {
 		err = errors.Join(err, c.Close())
 	}
 	return err
+}
+
+// closeFree closes a device that is unmounted here, once the mount namespaces that
+// other programs on this machine have made meanwhile, with a copy of the mount, have
+// let go of it.
+func closeFree(d *device.Device) error {
+	for deadline := time.Now().Add(patience); ; {
+		err := d.Close()
+		var busy *device.BusyError
+		if !errors.As(err, &busy) || len(busy.Mounts) > 0 || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 func (s *server) device(b device.Backend, size int64, store *device.Store) (*device.Device, error) {
