@@ -236,6 +236,9 @@ func (c *ctrd) run(ctr client.Container) (code uint32, said string) {
 // `make containerd` has built. In CI neither may be missing.
 func eachContainerd(t *testing.T, test func(t *testing.T, bin string)) {
 	skipWithoutRunc(t)
+	if raceEnabled && !slices.Contains([]string{"TestContainerd", "TestAutoRecord"}, t.Name()) {
+		t.Skip("takes minutes with the race detector, and runs without")
+	}
 	built := os.Getenv("REPRISE_CONTAINERD")
 	for _, bin := range []string{"", built} {
 		if bin != "" {
