@@ -241,6 +241,7 @@ func (n *staging) recording() string {
 }
 
 func (n *staging) awaitNoDevice() {
+	n.collect()
 	eventually(n.b.t, "the device goes", func() bool { return len(n.b.loops()) == 0 })
 }
 

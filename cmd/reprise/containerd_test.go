@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -59,6 +60,16 @@ func (b *bench) containerd(bin, plugin string) *ctrd {
 	b.t.Cleanup(c.stop)
 	c.start()
 	return c
+}
+
+// collect has containerd remove what was marked to be: it does that some time, or
+// at once when somebody waits for the end of a lease.
+func (c *ctrd) collect() {
+	t := c.b.t
+	t.Helper()
+	l, err := c.LeasesService().Create(c.ctx(), leases.WithRandomID(), leases.WithExpiration(time.Minute))
+	require.NoError(t, err)
+	require.NoError(t, c.LeasesService().Delete(c.ctx(), l, leases.SynchronousDelete))
 }
 
 // program is one of containerd's.

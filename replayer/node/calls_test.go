@@ -94,7 +94,8 @@ func TestServeFinishesCalls(t *testing.T) {
 	require.ErrorIs(t, ctx.Err(), context.Canceled, "as it is over")
 }
 
-// TestServeCutsCalls: a call that takes too long learns that it does.
+// TestServeCutsCalls: a call that takes too long is ended. What its client is told
+// depends on how far the answer was.
 func TestServeCutsCalls(t *testing.T) {
 	p := newPlugin(t, time.Nanosecond)
 	ctx, failed := p.call()
@@ -103,7 +104,6 @@ func TestServeCutsCalls(t *testing.T) {
 	require.Equal(t, errLeaving, context.Cause(ctx))
 	err := <-failed
 	require.Contains(t, []codes.Code{codes.Unknown, codes.Canceled}, status.Code(err), "%v", err)
-	require.ErrorContains(t, err, errLeaving.Error())
 	require.NoError(t, <-p.served)
 }
 
