@@ -38,7 +38,7 @@ const (
 	guessRTT       = 20 * time.Millisecond
 	guessBandwidth = 25 << 20 // bytes a second
 	parallel       = 32
-	fewParallel    = 12
+	fewParallel    = 4
 	someTrips      = 20
 	requestTime    = 150 * time.Microsecond
 	requestBytes   = 1 << 10
@@ -140,8 +140,8 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 //	by link   795  88.0 %  1056  91.9 %   436  75.1 %   527  78.5 %
 //
 // On a short and slow link a request costs 13 KiB and each byte more delays the
-// start; on a long and fast one it costs 324 KiB, and all that accuracy allows is
-// joined. Without gaps, what is not of use are the ends of chunks: with chunks of
+// start; on a long and fast one, or of a small plan, it costs much more, and all that
+// accuracy allows is joined. Without gaps, what is not of use are the ends of chunks: with chunks of
 // 4 KiB 95 % were.
 //
 // Recorded with a read-ahead of 128 KiB instead of 16 the same starts ask for
@@ -152,7 +152,7 @@ func affordable(gaps []int64, need, bytes int64) (gap int64) {
 // fetched, joined with its neighbours in the blob where that is cheaper than
 // another request. In bytes,
 //
-//	a request costs   bandwidth × (round trip / 32 + 150 µs) + 1 KiB; / 12 where
+//	a request costs   bandwidth × (round trip / 32 + 150 µs) + 1 KiB; / 4 where
 //	                  the plan takes less than 20 round trips
 //	a gap costs       what it is long
 //	a later range     half of what it is long, since so much is what all
