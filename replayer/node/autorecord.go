@@ -267,20 +267,7 @@ func (a *autoRecording) run() {
 }
 
 // noteRecorded lets the next server know that the recording is over.
-func (d *served) noteRecorded() {
-	select {
-	case <-d.ready:
-	case <-d.work.Done():
-		return
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.state.Recording = false
-	if d.released || d.err != nil || d.work.Err() != nil {
-		return
-	}
-	d.writeLater()
-}
+func (d *served) noteRecorded() { d.note(func(s *state) { s.Recording = false }) }
 
 // checkTrace gives the recording up if the image has a trace, or if that cannot be
 // known.

@@ -276,7 +276,10 @@ func (d *served) startWork() {
 
 // noteReplayed lets the next server know that the replay is through. A replay
 // that was cut short by the end of the server is not.
-func (d *served) noteReplayed() {
+func (d *served) noteReplayed() { d.note(func(s *state) { s.Replayed = true }) }
+
+// note writes down, once the device is there, what has changed; not at its end.
+func (d *served) note(change func(*state)) {
 	select {
 	case <-d.ready:
 	case <-d.work.Done():
@@ -284,7 +287,7 @@ func (d *served) noteReplayed() {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.state.Replayed = true
+	change(&d.state)
 	if d.released || d.err != nil || d.work.Err() != nil {
 		return
 	}
